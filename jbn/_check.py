@@ -1,0 +1,137 @@
+"""Checks at the door: every public function resolves its arguments here, private ones trust them."""
+
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def statistics_dtype(*dtypes) -> jnp.dtype:
+    """float64 where one of `dtypes` is, else float32."""
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
+
+
+def check_features(features) -> tuple[int, ...]:
+    """The feature sizes as a tuple."""
+    given = features if isinstance(features, tuple) else (features,)
+    try:
+        shape = tuple(operator.index(size) for size in given)
+    except TypeError:
+        raise TypeError(f"features is {features!r}; give an int, or a tuple of ints for several feature axes.") from None
+    if not shape or min(shape) < 1:
+        raise ValueError(f"features is {features!r}; every feature axis needs a size of at least 1.")
+    return shape
+
+
+def check_batch(x, feature_axis, weights) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
+    """`x` and `weights` as arrays of equal rank, and the axes to reduce."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x is {x.dtype}{list(x.shape)}; batch normalization needs floating-point input: cast x first.")
+    axes = _reduced_axes(x, feature_axis)
+    return x, None if weights is None else _check_weights(weights, x, axes), axes
+
+
+def _reduced_axes(x, feature_axis) -> tuple[int, ...]:
+    given = feature_axis if isinstance(feature_axis, tuple) else (feature_axis,)
+    try:
+        positions = {operator.index(axis) + (x.ndim if axis < 0 else 0) for axis in given}
+    except TypeError:
+        raise TypeError(f"feature_axis is {feature_axis!r}; give an int or a tuple of ints.") from None
+    if not given or len(positions) < len(given) or min(positions) < 0 or max(positions) >= x.ndim:
+        raise ValueError(
+            f"feature_axis is {feature_axis!r} and x has shape {list(x.shape)}; name at least one axis of x, each once."
+        )
+    return tuple(axis for axis in range(x.ndim) if axis not in positions)
+
+
+def _check_weights(weights, x, axes) -> jax.Array:
+    weights = jnp.asarray(weights)
+    full = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
+    if weights.ndim == len(axes) and weights.ndim < x.ndim:
+        weights = jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis not in axes])
+    if weights.ndim != x.ndim or any(size not in (1, want) for size, want in zip(weights.shape, full)):
+        raise ValueError(
+            f"weights has shape {list(weights.shape)} and x has shape {list(x.shape)}; expected {full}, or the same with "
+            f"the feature axes left out, where any size may also be 1."
+        )
+    if weights.dtype == jnp.bool_:
+        return weights
+    if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
+        raise TypeError(f"weights is {weights.dtype}; give a boolean mask or real, non-negative weights.")
+    weights = weights.astype(statistics_dtype(x.dtype))
+    return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
+
+
+def check_fields(name, value, kind, shape) -> None:
+    """`value` is a `kind` (`Params`, `State` or `Moments`) whose fields have `shape`, the scalar ones []."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}.")
+    for field, array in value._asdict().items():
+        want = () if field in ("count", "weight") else tuple(shape)
+        if array is None and name == "params" or field == "mean_low" and jnp.ndim(array) == 0:
+            continue
+        if jnp.shape(array) != want:
+            raise ValueError(
+                f"{name}.{field} has shape {list(jnp.shape(array))}; expected {list(want)}. Check feature_axis, and the "
+                f"features that jbn.init was given."
+            )
+        if not jnp.issubdtype(jnp.result_type(array), jnp.floating) and field != "count":
+            raise TypeError(f"{name}.{field} is {jnp.result_type(array)}; expected a floating-point type.")
+
+
+def feature_shape(x, axes) -> tuple[int, ...]:
+    """The sizes of the axes of `x` that are not reduced."""
+    return tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+
+
+def check_fraction(name, value) -> None:
+    """`value` lies in [0, 1], where that can be known: a traced value is not looked at."""
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} has shape {list(jnp.shape(value))}; expected a scalar.")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+        hint = " decay is the weight of the old value: one minus PyTorch's momentum." if name == "decay" else ""
+        raise ValueError(f"{name} is {value}; expected a number in [0, 1].{hint}")
+
+
+def check_epsilon(epsilon) -> None:
+    """`epsilon` is a scalar and not negative, where that can be known."""
+    if jnp.ndim(epsilon) != 0 or not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; expected a number that is not negative, such as 1e-5.")
+
+
+def check_train(train) -> None:
+    """`train` is a Python bool."""
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(
+            f"train is {train!r}; expected a Python bool, which is known when the program is compiled. To choose at run "
+            f"time, gate the update with jbn.update(..., amount=...), and choose between jbn.normalize_batch and "
+            f"jbn.normalize_running with lax.cond or jnp.where."
+        )
+
+
+def check_axis_name(axis_name) -> tuple[str, ...]:
+    """The names as a tuple, each bound here."""
+    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"axis_name is {axis_name!r}, and no axis {name!r} is bound here. Call inside vmap(axis_name={name!r}), "
+                f"pmap(axis_name={name!r}) or a shard_map over a mesh with an axis {name!r}; under plain jit statistics "
+                f"are global already and axis_name stays None."
+            ) from None
+    return names
+
+
+def check_more_than_one(x, axes, names) -> None:
+    """Statistics of a single value would normalize it to 0 whatever it is."""
+    count = math.prod(x.shape[axis] for axis in axes) * math.prod(jax.lax.axis_size(name) for name in names)
+    if count == 1:
+        raise ValueError(
+            f"x has shape {list(x.shape)}, which is one value per feature: its variance is 0 and training on it would "
+            f"return the bias for any x. Give more values per feature, or normalize with the running statistics."
+        )

@@ -1,0 +1,182 @@
+"""Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbn._check import (
+    check_axis_name,
+    check_batch,
+    check_epsilon,
+    check_fields,
+    check_more_than_one,
+    feature_shape,
+    statistics_dtype,
+)
+from jbn._moments import materialize, measure, measure_tangent, remat, select
+from jbn._types import Moments, Params, State
+
+
+def normalize_batch(
+    x: ArrayLike,
+    params: Params,
+    *,
+    epsilon: float | jax.Array = 1e-5,
+    feature_axis: int | tuple[int, ...] = -1,
+    weights: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalize `x` by its own statistics.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    with mean and population variance as `moments` measures them. With xhat = (x - mean) / sqrt(var + epsilon) and means
+    over the pooled batch, the derivative is
+
+        dx = scale / sqrt(var + epsilon) * (dy - mean(dy) - xhat * mean(dy * xhat)),
+        dscale = sum(dy * xhat),  dbias = sum(dy)
+
+    in reverse and forward mode and to any order. The backward pass keeps `x` in its own dtype and per-feature vectors.
+
+    Args:
+      x: [...], float16, bfloat16, float32 or float64; reduced in float32 or wider.
+      params: `Params` with fields of shape `[*features]`.
+      epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
+      feature_axis, weights, axis_name: as in `moments`. Where the weight is 0, the output and its gradient are 0.
+
+    Returns:
+      `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which carry no gradient.
+
+    Raises:
+      TypeError: `x` is not floating-point, or `params` is not a `Params`.
+      ValueError: a shape does not fit, `epsilon` is negative, or there is a single value per feature in all.
+      NameError: `axis_name` is not bound.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1 and section 3.
+
+    Example:
+      >>> params, _ = jbn.init(1)
+      >>> y, moments = jbn.normalize_batch(jnp.array([[1.0], [3.0]]), params)
+      >>> y.round(3).tolist(), moments.mean.tolist(), moments.var.tolist()
+      ([[-1.0], [1.0]], [2.0], [1.0])
+    """
+    x, weights, axes = check_batch(x, feature_axis, weights)
+    names = check_axis_name(axis_name)
+    check_fields("params", params, Params, feature_shape(x, axes))
+    check_epsilon(epsilon)
+    check_more_than_one(x, axes, names)
+    y, moments = _normalize_batch(axes, names, x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype)))
+    return y, lax.stop_gradient(moments)
+
+
+def normalize_running(
+    x: ArrayLike,
+    params: Params,
+    state: State,
+    *,
+    epsilon: float | jax.Array = 1e-5,
+    feature_axis: int | tuple[int, ...] = -1,
+    weights: ArrayLike | None = None,
+) -> jax.Array:
+    """Normalize `x` by running statistics, as in evaluation. Nothing is communicated.
+
+        y = scale * (x - state.mean) / sqrt(state.var + epsilon) + bias
+
+    A state without evidence (weight 0) has mean 0 and variance 1. The state is constant in differentiation.
+
+    Args:
+      x: [...], float16, bfloat16, float32 or float64.
+      params: `Params` with fields of shape `[*features]`.
+      state: `State` with fields of shape `[*features]`.
+      epsilon, feature_axis: as in `normalize_batch`.
+      weights: as in `moments`; all they do here is to blank: where the weight is 0, the output and its gradient are 0.
+
+    Returns:
+      `y` with the shape and dtype of `x`.
+
+    Raises:
+      TypeError: `x` is not floating-point, or `params` or `state` is something else.
+      ValueError: a shape does not fit, or `epsilon` is negative.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2.
+
+    Example:
+      >>> params, state = jbn.init(1)
+      >>> state = state._replace(mean=jnp.array([2.0]), var=jnp.array([4.0]))
+      >>> jbn.normalize_running(jnp.array([[4.0]]), params, state).round(3).tolist()
+      [[1.0]]
+    """
+    x, weights, axes = check_batch(x, feature_axis, weights)
+    shape = feature_shape(x, axes)
+    check_fields("params", params, Params, shape)
+    check_fields("state", state, State, shape)
+    check_epsilon(epsilon)
+    dtype = statistics_dtype(x.dtype)
+    mean, var = (lax.stop_gradient(field).astype(dtype) for field in (state.mean, state.var))
+    running = Moments(state.weight, mean, var, jnp.zeros_like(mean))
+    return _affine(axes, x, weights, *_coefficients(running, params, jnp.asarray(epsilon, dtype)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _normalize_batch(axes, names, x, weights, params, epsilon):
+    measured = measure(x, weights, axes, names)
+    return affine(x, weights, *_coefficients(measured, params, epsilon), axes), measured
+
+
+@partial(_normalize_batch.defjvp, symbolic_zeros=True)
+def _normalize_batch_jvp(axes, names, primals, tangents):
+    y, measured = _normalize_batch(axes, names, *primals)
+
+    def tangent(x, weights, params, epsilon, measured, x_dot, weights_dot, params_dot, epsilon_dot):
+        # The statistics bring their own tangents: second derivatives are wrong without them.
+        measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names)
+        primals, tangents = (measured, params, epsilon), (measured_dot, params_dot, epsilon_dot)
+        coefficients, coefficients_dot = jax.jvp(_coefficients, primals, tangents)
+        return affine_tangent(x, weights, *coefficients, x_dot, *coefficients_dot, axes), measured_dot
+
+    x_dot, weights_dot, *rest_dot = tangents
+    dots = (materialize(x_dot), materialize(weights_dot, required=False), *jax.tree.map(materialize, rest_dot))
+    return (y, measured), remat(tangent)(*primals, measured, *dots)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _affine(axes, x, weights, mean, slope, bias):
+    return affine(x, weights, mean, slope, bias, axes)
+
+
+@_affine.defjvp
+def _affine_jvp(axes, primals, tangents):
+    x_dot, _, *coefficients_dot = tangents
+    tangent = remat(partial(affine_tangent, axes=axes))
+    return _affine(axes, *primals), tangent(*primals, x_dot, *coefficients_dot)
+
+
+def affine(x, weights, mean, slope, bias, axes):
+    """(x - mean) * slope + bias in the dtype of `x`; the difference first, or a large mean would cost all digits."""
+    mean, slope, bias = (jnp.expand_dims(value, axes) for value in (mean, slope, bias))
+    return select(weights, ((x.astype(mean.dtype) - mean) * slope + bias).astype(x.dtype))
+
+
+def affine_tangent(x, weights, mean, slope, bias, x_dot, mean_dot, slope_dot, bias_dot, axes):
+    """The tangent of `affine`, arranged so that its transpose sums dy and dy * (x - mean) once each."""
+    del bias
+    constant_dot = bias_dot - slope * mean_dot
+    mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
+    y_dot = slope * x_dot.astype(mean.dtype) + (x.astype(mean.dtype) - mean) * slope_dot + constant_dot
+    return select(weights, y_dot.astype(x.dtype))
+
+
+def _coefficients(measured: Moments, params: Params, epsilon):
+    """Mean, slope and bias of the affine map that normalizes by `measured` and applies `params`."""
+    var = measured.var + epsilon
+    dead = var <= 0  # only where epsilon is 0: any finite slope gives the bias there, and finite gradients
+    slope = jnp.where(dead, jnp.zeros_like(var), lax.rsqrt(jnp.where(dead, jnp.ones_like(var), var)))
+    if params.scale is not None:
+        slope = slope * params.scale.astype(var.dtype)
+    bias = -measured.mean_low * slope
+    if params.bias is not None:
+        bias = bias + params.bias.astype(var.dtype)
+    return measured.mean, slope, bias

@@ -1,0 +1,81 @@
+"""The three values that flow through batch normalization, and how they start."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jbn._check import check_features, statistics_dtype
+
+
+class Params(NamedTuple):
+    """What the optimizer learns. A `None` field stands for 1 (scale) or 0 (bias)."""
+
+    scale: jax.Array | None  # [*features]
+    bias: jax.Array | None  # [*features]
+
+
+class State(NamedTuple):
+    """Running statistics, carried by the training loop and never differentiated.
+
+    The fields can be read as they stand: there is nothing to correct before use.
+    """
+
+    mean: jax.Array  # [*features], float32 or float64
+    var: jax.Array  # [*features], float32 or float64
+    weight: jax.Array  # [], how much evidence is in them: 0 = none yet, 1 = full
+
+
+class Moments(NamedTuple):
+    """Count, mean and population variance of one measurement.
+
+    `mean_low` is what rounding took from `mean`: `mean + mean_low` is the mean to twice the precision. Without it,
+    variances merged from parts of N values with mean/std = 1e5 would be off by about 0.005 / sqrt(N).
+    """
+
+    count: jax.Array  # [], the number of values per feature, or the sum of their weights
+    mean: jax.Array  # [*features]
+    var: jax.Array  # [*features], divided by count
+    mean_low: jax.Array | float = 0.0  # [*features]
+
+
+def init(
+    features: int | tuple[int, ...],
+    *,
+    scale: bool = True,
+    bias: bool = True,
+    debias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, State]:
+    """Make the params and the state of one batch normalization.
+
+    Args:
+      features: size of the feature axis; for several feature axes a tuple of sizes, in the order in which the axes lie
+        in `x`.
+      scale: learn a scale (starts at 1). Without it, `params.scale` is `None`.
+      bias: learn a bias (starts at 0). Without it, `params.bias` is `None`.
+      debias: start with no evidence (weight 0), so that the first batch replaces the initial mean 0 and variance 1 and
+        the running statistics are free of them from then on. With `False` they start with full weight (1) and decay
+        away, as in Flax, Keras and PyTorch.
+      dtype: of the params. Statistics are float64 where this is float64 and float32 otherwise.
+
+    Returns:
+      `Params` and `State` with fields of shape `[*features]`; `State.weight` has shape `[]`.
+
+    Raises:
+      ValueError: `features` is not a positive size or a tuple of them.
+      TypeError: `features` holds something that is not an int, or `dtype` is not a floating-point type.
+
+    Example:
+      >>> params, state = jbn.init(64)
+      >>> params.scale.shape, state.var.shape, float(state.weight)
+      ((64,), (64,), 0.0)
+    """
+    shape = check_features(features)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype is {jnp.dtype(dtype)}; params need a floating-point type, such as jnp.float32.")
+    statistics = statistics_dtype(dtype)
+    params = Params(jnp.ones(shape, dtype) if scale else None, jnp.zeros(shape, dtype) if bias else None)
+    state = State(jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.asarray(0 if debias else 1, statistics))
+    return params, state

@@ -1,0 +1,69 @@
+"""Move running statistics towards a measurement."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn._check import check_fields, check_fraction
+from jbn._types import Moments, State
+
+
+def update(
+    state: State,
+    moments: Moments,
+    *,
+    decay: float | jax.Array = 0.9,
+    amount: float | jax.Array = 1.0,
+    unbiased: bool = True,
+) -> State:
+    """Move running statistics towards a measurement.
+
+        g = 1 - amount * (1 - decay)
+        weight' = g * weight + (1 - g)
+        state' = state + (1 - g) / weight' * (measured - state)         for mean and for var
+
+    From `weight` 0 this is the exactly debiased moving average at every step, and the first measurement replaces the
+    state whole; from `weight` 1 it is the plain moving average. The state never becomes other than finite: a measurement
+    with count 0, or with any value that is not finite, leaves it as it was, bit for bit. So does `amount` 0.
+
+    Args:
+      state: `State` with fields of shape `[*features]`.
+      moments: what was measured, of the same shape.
+      decay: weight of the old value, in [0, 1]; may be traced. The `momentum` of Flax and Keras; one minus PyTorch's.
+      amount: how much of a step to take, in [0, 1]; may be traced or boolean, and so gates the update at run time.
+      unbiased: feed var * count / max(count - 1, 1) into the running variance (the 2015 paper, PyTorch) rather than var
+        (Flax, Haiku, Keras).
+
+    Returns:
+      The new `State`, in the shapes and dtypes of the old one. It carries no gradient.
+
+    Raises:
+      TypeError: `state` or `moments` is something else.
+      ValueError: the shapes differ, or `decay` or `amount` is outside [0, 1].
+
+    Source: Ioffe & Szegedy 2015, section 3.1; debiased as in Kingma & Ba 2015, "Adam", section 3.
+
+    Example:
+      >>> _, state = jbn.init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> state = jbn.update(state, jbn.moments(x), decay=0.9)
+      >>> state.mean.tolist(), state.var.tolist(), round(float(state.weight), 3)
+      ([2.0], [2.0], 0.1)
+    """
+    check_fields("state", state, State, jnp.shape(getattr(state, "mean", 0)))
+    check_fields("moments", moments, Moments, state.mean.shape)
+    check_fraction("decay", decay)
+    check_fraction("amount", amount)
+    dtype = state.mean.dtype
+    count, mean, var = (jnp.asarray(field).astype(dtype) for field in moments[:3])
+    if unbiased:
+        var = var * (count / jnp.maximum(count - 1, 1))
+    fresh = jnp.asarray(amount).astype(dtype) * (1 - jnp.asarray(decay).astype(dtype))
+    weight = (1 - fresh) * state.weight + fresh
+    share = jnp.where(weight > 0, fresh / jnp.where(weight > 0, weight, 1), 0)
+    # The weighted mean rather than the increment: at share 1 it is the measurement itself, to the last bit.
+    new = State((1 - share) * state.mean + share * mean, (1 - share) * state.var + share * var, weight)
+    valid = (count > 0) & (fresh > 0)
+    for value in (count, *new):
+        valid &= jnp.all(jnp.isfinite(value))
+    return lax.stop_gradient(jax.tree.map(lambda moved, old: jnp.where(valid, moved.astype(old.dtype), old), new, state))
