@@ -1,0 +1,74 @@
+"""The CIFAR ResNet of He et al. 2015 (section 4.2) as plain functions over two pytrees: params and batch-norm state."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jbn
+
+DEPTHS = (8, 20, 32, 56)  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
+WIDTHS = (16, 32, 64)
+
+
+def init(key: jax.Array, depth: int = 20, *, classes: int = 10, zero_last_scale: bool = False) -> tuple[dict, dict]:
+    """Params and state. Kernels are He-initialized; `zero_last_scale` starts every block as its shortcut."""
+    keys = iter(jax.random.split(key, 3 * depth))
+    params, state = {}, {}
+
+    def unit(name, size, inputs, outputs, scale=1.0):
+        kernel = jax.nn.initializers.he_normal()(next(keys), (size, size, inputs, outputs))
+        norm, state[name] = jbn.init(outputs)
+        params[name] = {"kernel": kernel, "norm": norm._replace(scale=scale * norm.scale)}
+
+    unit("stem", 3, 3, WIDTHS[0])
+    for name, inputs, outputs, _ in blocks(depth):
+        unit(f"{name}/conv1", 3, inputs, outputs)
+        unit(f"{name}/conv2", 3, outputs, outputs, scale=0.0 if zero_last_scale else 1.0)
+        if inputs != outputs:
+            unit(f"{name}/shortcut", 1, inputs, outputs)
+    kernel = jax.nn.initializers.he_normal()(next(keys), (WIDTHS[-1], classes))
+    params["head"] = {"kernel": kernel, "bias": jnp.zeros(classes)}
+    return params, state
+
+
+def blocks(depth: int) -> list[tuple[str, int, int, int]]:
+    """Name, input width, output width and stride of every residual block."""
+    per_stage, inputs, found = (depth - 2) // 6, WIDTHS[0], []
+    for stage, outputs in enumerate(WIDTHS):
+        for index in range(per_stage):
+            found.append((f"stage{stage}/block{index}", inputs, outputs, 2 if stage and not index else 1))
+            inputs = outputs
+    return found
+
+
+def apply(
+    params: dict,
+    state: dict,
+    images: jax.Array,
+    *,
+    depth: int,
+    train: bool,
+    decay: float = 0.9,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, dict]:
+    """Logits [batch, classes] in float32 for images [batch, 32, 32, 3], and the new state.
+
+    Computes in the dtype of the images. With `axis_name`, statistics are pooled over that axis; `decay` is that of the
+    running statistics.
+    """
+    new_state = {}
+
+    def unit(x, name, stride=1):
+        kernel = params[name]["kernel"].astype(x.dtype)
+        x = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        norm = params[name]["norm"]
+        x, new_state[name] = jbn.batch_norm(x, norm, state[name], train=train, decay=decay, axis_name=axis_name)
+        return x
+
+    x = jax.nn.relu(unit(images, "stem"))
+    for name, inputs, outputs, stride in blocks(depth):
+        shortcut = x if inputs == outputs else unit(x, f"{name}/shortcut", stride)
+        x = jax.nn.relu(unit(x, f"{name}/conv1", stride))
+        x = jax.nn.relu(unit(x, f"{name}/conv2") + shortcut)
+    x = jnp.mean(x, (1, 2), dtype=jnp.float32)
+    return x @ params["head"]["kernel"] + params["head"]["bias"], new_state

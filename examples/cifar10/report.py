@@ -1,0 +1,125 @@
+"""What a person sees of a run: progress, a table, metrics.csv and curves.png."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+console = Console(highlight=False, soft_wrap=True)
+COLUMNS = {  # of metrics.csv and of the table, with the format of the latter
+    "epoch": "d",
+    "train_loss": ".4f",
+    "train_accuracy": ".2%",
+    "test_loss": ".4f",
+    "test_accuracy": ".2%",
+    "images_per_second": ".0f",
+    "seconds": ".1f",
+}
+
+
+class Meter:
+    """A bar over all steps of a run; plain lines, at most one in 20 seconds, where the output is no terminal."""
+
+    def __init__(self, steps: int, done: int, batch: int):
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("compiling", total=steps, completed=done)
+        self.steps, self.batch, self.interval = steps, batch, 0.5 if console.is_terminal else 20.0
+        self.started = self.shown = None
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def update(self, epoch: int, step: int, totals) -> None:
+        """Show where the run stands, now and then: reading `totals` waits for the device."""
+        now = time.monotonic()
+        if self.started is None:  # the first step is mostly compilation
+            float(totals.loss)
+            self.started = self.shown = (step, time.monotonic())
+        elif now - self.shown[1] >= self.interval:
+            loss, accuracy = float(totals.loss) / int(totals.count), int(totals.correct) / int(totals.count)
+            now = time.monotonic()
+            rate = (step - self.shown[0]) / (now - self.shown[1])
+            self.shown = (step, now)
+            left = (self.steps - step) * (now - self.started[1]) / (step - self.started[0])
+            text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.1%}  {rate * self.batch:.0f} images/s"
+            if console.is_terminal:
+                self.bar.update(self.task, completed=step, description=text)
+            else:
+                console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+
+
+def row_text(row: dict) -> dict[str, str]:
+    """The values of one epoch as text; what was not measured is a dash."""
+    return {name: "-" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()}
+
+
+def print_row(row: dict) -> None:
+    console.print("  ".join(f"{name.replace('_', ' ')} {text}" for name, text in row_text(row).items()))
+
+
+def print_table(history: list[dict], title: str) -> None:
+    table = Table(title=title)
+    for name in COLUMNS:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in history:
+        table.add_row(*row_text(row).values())
+    console.print(table)
+
+
+def write_metrics(path: Path, history: list[dict]) -> None:
+    """Write metrics.csv whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(scratch, path)
+
+
+def write_curves(path: Path, history: list[dict], layers: dict, title: str) -> None:
+    """Write curves.png: loss and accuracy by epoch, and running against batch statistics of a few `layers`.
+
+    `layers` maps a name to a pair of `jbn.State`: the running statistics, and those of one training batch alone.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    figure.suptitle(title)
+    epochs = [row["epoch"] for row in history]
+    for axis, name in zip(axes[0], ("loss", "accuracy"), strict=True):
+        for part in ("train", "test"):
+            values = [np.nan if row[f"{part}_{name}"] is None else row[f"{part}_{name}"] for row in history]
+            axis.plot(epochs, values, marker="o", label=part)
+        axis.set(xlabel="epoch", ylabel=name, xticks=epochs)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    for axis, field in zip(axes[1], ("mean", "var"), strict=True):
+        for name, (running, batch) in layers.items():
+            axis.scatter(getattr(batch, field), getattr(running, field), s=14, alpha=0.7, label=name)
+        low, high = axis.get_xlim()
+        axis.axline((low, low), (high, high), color="gray", linewidth=1)
+        axis.set(xlabel=f"{field} of one training batch", ylabel=f"running {field}")
+        if field == "var":
+            axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(title="one dot a feature")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,141 @@
+"""The compiled steps: one of training, one of evaluation, both data parallel over a mesh with the axis "data"."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+AXIS = "data"
+REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+
+
+class Carry(NamedTuple):
+    """All that training changes, and so all that a checkpoint holds."""
+
+    params: dict
+    state: dict
+    optimizer: optax.OptState
+    step: jax.Array  # [], int32
+
+
+class Totals(NamedTuple):
+    """Sums over the images seen since they were last zero."""
+
+    loss: jax.Array  # [], float32
+    correct: jax.Array  # [], int32
+    count: jax.Array  # [], int32
+
+    @classmethod
+    def zero(cls):
+        return cls(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def means(self, part: str) -> dict[str, float | None]:
+        """Loss and accuracy of `part` as numbers; None where nothing was seen."""
+        count = int(self.count)
+        loss, accuracy = (float(self.loss) / count, int(self.correct) / count) if count else (None, None)
+        return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
+
+
+class Images(NamedTuple):
+    """A data set on the device, with the mean and standard deviation of its training images."""
+
+    pixels: jax.Array  # [count, 32, 32, 3], uint8
+    labels: jax.Array  # [count], int32
+    mean: jax.Array  # [3], in [0, 255]
+    std: jax.Array  # [3], in [0, 255]
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [3] of the channels of uint8 images [count, height, width, 3]."""
+    levels = np.arange(256)
+    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    mean = counts @ levels / counts.sum(1)
+    std = np.sqrt(counts @ levels**2 / counts.sum(1) - mean**2)
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def make_optimizer(peak: float, steps: int, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum on a one-cycle schedule; weight decay on the kernels only, not on scale and bias."""
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("kernel"), params)
+
+    schedule = optax.cosine_onecycle_schedule(steps, peak, pct_start=0.25)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=kernels), optax.sgd(schedule, momentum=momentum, nesterov=True)
+    )
+
+
+def augment(key: jax.Array, image: jax.Array) -> jax.Array:
+    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time."""
+    crop_key, flip_key = jax.random.split(key)
+    top, left = jax.random.randint(crop_key, (2,), 0, 9)
+    crop = lax.dynamic_slice(jnp.pad(image, ((4, 4), (4, 4), (0, 0))), (top, left, 0), image.shape)
+    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+
+
+def make_steps(
+    apply: Callable,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch: int,
+    smoothing: float,
+    dtype: jnp.dtype,
+) -> tuple[Callable, Callable]:
+    """The two compiled steps, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
+
+    train(carry, totals, images, order, key) takes the next batch of `order` [at least batch], a permutation of the
+    images, and gives back carry and totals; evaluate(carry, totals, images, start) adds the images from `start` on.
+    `carry` and `totals` are donated in training, `totals` in evaluation.
+    """
+    share = batch // mesh.size
+
+    def positions():
+        return lax.axis_index(AXIS) * share + jnp.arange(share)
+
+    def batch_of(images, index):
+        return (images.pixels[index] - images.mean) / images.std, images.labels[index]
+
+    def train(carry, totals, images, order, key):
+        # Every image has a key of its own, so the batch is the same however many devices share it.
+        place = positions()
+        first = carry.step % (order.size // batch) * batch
+        inputs, labels = batch_of(images, order[first + place])
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(place)
+        inputs = jax.vmap(augment)(keys, inputs).astype(dtype)
+
+        def loss(params):
+            logits, state = apply(params, carry.state, inputs, train=True, axis_name=AXIS)
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+            return jnp.sum(optax.softmax_cross_entropy(logits, targets)) / batch, (logits, state)
+
+        # check_vma is on: gradients of the replicated params arrive summed over the devices.
+        (value, (logits, state)), gradients = jax.value_and_grad(loss, has_aux=True)(carry.params)
+        updates, optimizer_state = optimizer.update(gradients, carry.optimizer, carry.params)
+        carry = Carry(optax.apply_updates(carry.params, updates), state, optimizer_state, carry.step + 1)
+        return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
+
+    def evaluate(carry, totals, images, start):
+        index = start + positions()
+        valid = index < images.labels.size  # the last batch may reach beyond the end
+        inputs, labels = batch_of(images, jnp.minimum(index, images.labels.size - 1))
+        logits, _ = apply(carry.params, carry.state, inputs.astype(dtype), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, labels, valid)
+
+    def add(totals, loss, logits, labels, valid):
+        correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels))
+        return jax.tree.map(jnp.add, totals, lax.psum(Totals(loss, correct, jnp.sum(valid)), AXIS))
+
+    def compile_on_mesh(step, donated):
+        everywhere = jax.shard_map(step, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED)
+        return jax.jit(everywhere, donate_argnums=donated)
+
+    return compile_on_mesh(train, (0, 1)), compile_on_mesh(evaluate, (1,))

@@ -1,0 +1,203 @@
+"""Train a ResNet on CIFAR-10 with jbn.
+
+    python examples/cifar10/train.py --help
+
+The files beside this one: model.py (the network), steps.py (the compiled steps), data.py and shapes.py (what it learns
+from), report.py (what a person sees).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import data
+import jax
+import jax.numpy as jnp
+import model
+import orbax.checkpoint as ocp
+import report
+import steps
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Path | None = None
+    """Folder with CIFAR-10 in the official binary layout. Without it: the cache, the network, the embedded set."""
+    cache: Path = Path("~/.cache/jbn")
+    """Where a download is kept."""
+    run: Path | None = None
+    """Folder for config.json, metrics.csv, curves.png and checkpoints. Without it: runs/ and the time."""
+    resume: Path | None = None
+    """Go on with the run in this folder from its last whole checkpoint. Everything else is taken from there."""
+    depth: Literal[model.DEPTHS] = 20
+    """Layers of the network."""
+    zero_last_scale: bool = False
+    """Start the last scale of every block at 0, so that each block starts as its shortcut."""
+    epochs: int = 5
+    """Times each image is seen."""
+    batch: int = 128
+    """Images per step, over all devices together."""
+    peak_rate: float = 0.2
+    """Highest learning rate of the one-cycle schedule."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """On the kernels, not on scale and bias."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in. Params and statistics are float32."""
+    seed: int = 0
+    """Of the initialization, the order of the images and their augmentation."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    require_accuracy: float = 0.0
+    """End with an error if the test accuracy stays below this, in [0, 1]."""
+
+
+def settle(config: Config) -> Config:
+    """The config with its run folder; for a resumed run the one it was started with."""
+    if config.resume is None:
+        run = config.run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        if (run / "config.json").exists():
+            raise ValueError(f"{run} holds a run already; go on with it by --resume {run}, or name another --run.")
+        return dataclasses.replace(config, run=run, cache=config.cache.expanduser())
+    path = config.resume / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {config.resume} is not the folder of a run.")
+    saved = json.loads(path.read_text())["config"]
+    paths = {name: Path(saved[name]) for name in ("data", "cache") if saved[name] is not None}
+    kept = dataclasses.replace(Config(**{**saved, **paths}), run=config.resume, resume=config.resume)
+    for field in dataclasses.fields(config):
+        given, was = getattr(config, field.name), getattr(kept, field.name)
+        if field.name != "run" and given not in (field.default, was):
+            raise ValueError(f"--resume takes {field.name} from {path}: it is {was}, and {given} was given. Leave it out.")
+    return kept
+
+
+def write_config(config: Config, dataset: data.Dataset) -> None:
+    """Write config.json; in a resumed run, see that the data is what it was."""
+    path = config.run / "config.json"
+    if path.exists():
+        was = json.loads(path.read_text())["dataset"]
+        if was != dataset.name:
+            raise ValueError(f"{config.run} was started on {was}; what is here now is {dataset.name}.")
+        return
+    content = {"config": dataclasses.asdict(config), "dataset": dataset.name, "jax": jax.__version__}
+    config.run.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    scratch.replace(path)
+
+
+def train(config: Config) -> list[dict]:
+    """Train as `config`, already settled, says; returns one row of numbers an epoch."""
+    dataset = data.load(config.data, config.cache, report.console.print)
+    train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
+    mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    if config.batch % mesh.size or not 0 < config.batch <= train_count:
+        raise ValueError(
+            f"batch is {config.batch}; expected a multiple of the {mesh.size} devices, up to the {train_count} images."
+        )
+    write_config(config, dataset)
+    title = f"ResNet-{config.depth} on {dataset.name}"
+    report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {config.run}")
+
+    put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
+    mean, std = steps.channel_statistics(dataset.train_images)
+    train_images = put(steps.Images(dataset.train_images, dataset.train_labels, mean, std))
+    test_images = put(steps.Images(dataset.test_images, dataset.test_labels, mean, std))
+
+    per_epoch = train_count // config.batch
+    optimizer = steps.make_optimizer(
+        config.peak_rate, config.epochs * per_epoch, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    apply = partial(model.apply, depth=config.depth)
+    train_step, evaluate_step = steps.make_steps(
+        apply, optimizer, mesh, batch=config.batch, smoothing=config.smoothing, dtype=jnp.dtype(config.dtype)
+    )
+    key = jax.random.key(config.seed)
+    params, state = model.init(key, config.depth, zero_last_scale=config.zero_last_scale)
+    carry = put(steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)))
+    checkpoints = Checkpoints(config.run)
+    carry, history = checkpoints.restore(carry)
+
+    with report.Meter(config.epochs * per_epoch, len(history) * per_epoch, config.batch) as meter:
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            started = time.monotonic()
+            order = put(jax.random.permutation(jax.random.fold_in(key, epoch), train_count))
+            totals = put(steps.Totals.zero())
+            for step in range((epoch - 1) * per_epoch, epoch * per_epoch):
+                carry, totals = train_step(carry, totals, train_images, order, key)
+                meter.update(epoch, step + 1, totals)
+            row = {"epoch": epoch, **totals.means("train")}
+            row["seconds"] = time.monotonic() - started
+            row["images_per_second"] = per_epoch * config.batch / row["seconds"]
+            totals = put(steps.Totals.zero())
+            if epoch % config.evaluate_every == 0 or epoch == config.epochs:
+                for start in range(0, test_count, config.batch):
+                    totals = evaluate_step(carry, totals, test_images, start)
+            history.append(row | totals.means("test"))
+            checkpoints.save(carry, history)
+            report.write_metrics(config.run / "metrics.csv", history)
+            report.print_row(history[-1])
+
+    # With decay 0 the new state is the batch's own statistics.
+    sample = (train_images.pixels[:512] - mean) / std
+    _, batch_state = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
+    names = ["stem", *(f"{name}/conv2" for name, *_ in model.blocks(config.depth))]
+    layers = {name: (carry.state[name], batch_state[name]) for name in names[:: len(names) // 2]}
+    report.write_curves(config.run / "curves.png", history, layers, title)
+    report.print_table(history, title)
+    return history
+
+
+class Checkpoints:
+    """What a run needs to go on bit for bit, kept after every epoch: orbax writes each whole or not at all."""
+
+    def __init__(self, run: Path):
+        self.manager = ocp.CheckpointManager(
+            (run / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=2, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            ),
+        )
+
+    def save(self, carry: steps.Carry, history: list[dict]) -> None:
+        arguments = ocp.args.Composite(carry=ocp.args.StandardSave(carry), history=ocp.args.JsonSave(history))
+        self.manager.save(len(history), args=arguments)
+
+    def restore(self, carry: steps.Carry) -> tuple[steps.Carry, list[dict]]:
+        """The last whole checkpoint, or `carry` and no history where there is none."""
+        epoch = self.manager.latest_step()
+        if epoch is None:
+            return carry, []
+        arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), history=ocp.args.JsonRestore())
+        restored = self.manager.restore(epoch, args=arguments)
+        report.console.print(f"Going on after epoch {epoch}.")
+        return restored["carry"], restored["history"]
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    try:
+        config = settle(config)
+        accuracy = train(config)[-1]["test_accuracy"]
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        saved = sorted(path.name for path in (config.run / "checkpoints").glob("[0-9]*"))
+        last = f"The last checkpoint is of epoch {saved[-1]}" if saved else "There is no checkpoint yet"
+        report.console.print(f"Stopped. {last}; go on with --resume {config.run}")
+        sys.exit(130)
+    if accuracy < config.require_accuracy:
+        sys.exit(f"error: test accuracy {accuracy:.2%} is below the required {config.require_accuracy:.2%}")
+
+
+if __name__ == "__main__":
+    main()
