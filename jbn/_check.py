@@ -19,7 +19,9 @@ def check_features(features) -> tuple[int, ...]:
     try:
         shape = tuple(operator.index(size) for size in given)
     except TypeError:
-        raise TypeError(f"features is {features!r}; give an int, or a tuple of ints for several feature axes.") from None
+        raise TypeError(
+            f"features is {features!r}; give an int, or a tuple of ints for several feature axes."
+        ) from None
     if not shape or min(shape) < 1:
         raise ValueError(f"features is {features!r}; every feature axis needs a size of at least 1.")
     return shape
@@ -52,10 +54,10 @@ def _check_weights(weights, x, axes) -> jax.Array:
     full = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
     if weights.ndim == len(axes) and weights.ndim < x.ndim:
         weights = jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis not in axes])
-    if weights.ndim != x.ndim or any(size not in (1, want) for size, want in zip(weights.shape, full)):
+    if weights.ndim != x.ndim or any(size not in (1, want) for size, want in zip(weights.shape, full, strict=True)):
         raise ValueError(
-            f"weights has shape {list(weights.shape)} and x has shape {list(x.shape)}; expected {full}, or the same with "
-            f"the feature axes left out, where any size may also be 1."
+            f"weights has shape {list(weights.shape)} and x has shape {list(x.shape)}; expected {full}, or the same "
+            f"with the feature axes left out, where any size may also be 1."
         )
     if weights.dtype == jnp.bool_:
         return weights
@@ -71,12 +73,12 @@ def check_fields(name, value, kind, shape) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}.")
     for field, array in value._asdict().items():
         want = () if field in ("count", "weight") else tuple(shape)
-        if array is None and name == "params" or field == "mean_low" and jnp.ndim(array) == 0:
+        if (array is None and name == "params") or (field == "mean_low" and jnp.ndim(array) == 0):
             continue
         if jnp.shape(array) != want:
             raise ValueError(
-                f"{name}.{field} has shape {list(jnp.shape(array))}; expected {list(want)}. Check feature_axis, and the "
-                f"features that jbn.init was given."
+                f"{name}.{field} has shape {list(jnp.shape(array))}; expected {list(want)}. Check feature_axis, and "
+                f"the features that jbn.init was given."
             )
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating) and field != "count":
             raise TypeError(f"{name}.{field} is {jnp.result_type(array)}; expected a floating-point type.")
@@ -98,7 +100,7 @@ def check_fraction(name, value) -> None:
 
 def check_epsilon(epsilon) -> None:
     """`epsilon` is a scalar and not negative, where that can be known."""
-    if jnp.ndim(epsilon) != 0 or not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
+    if jnp.ndim(epsilon) != 0 or (not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf):
         raise ValueError(f"epsilon is {epsilon}; expected a number that is not negative, such as 1e-5.")
 
 
@@ -106,8 +108,8 @@ def check_train(train) -> None:
     """`train` is a Python bool."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
-            f"train is {train!r}; expected a Python bool, which is known when the program is compiled. To choose at run "
-            f"time, gate the update with jbn.update(..., amount=...), and choose between jbn.normalize_batch and "
+            f"train is {train!r}; expected a Python bool, which is known when the program is compiled. To choose at "
+            f"run time, gate the update with jbn.update(..., amount=...), and choose between jbn.normalize_batch and "
             f"jbn.normalize_running with lax.cond or jnp.where."
         )
 
@@ -120,9 +122,9 @@ def check_axis_name(axis_name) -> tuple[str, ...]:
             jax.lax.axis_size(name)
         except NameError:
             raise NameError(
-                f"axis_name is {axis_name!r}, and no axis {name!r} is bound here. Call inside vmap(axis_name={name!r}), "
-                f"pmap(axis_name={name!r}) or a shard_map over a mesh with an axis {name!r}; under plain jit statistics "
-                f"are global already and axis_name stays None."
+                f"axis_name is {axis_name!r}, and no axis {name!r} is bound here. Call inside a vmap or pmap with "
+                f"that axis_name, or inside a shard_map over a mesh with an axis of that name; under plain jit "
+                f"statistics are global already and axis_name stays None."
             ) from None
     return names
 

@@ -26,8 +26,8 @@ def moments(
 
         count = sum(w),  mean = sum(w x) / count,  var = sum(w (x - mean)^2) / count
 
-    Two passes with a correction for the rounding of the first: in float32 with mean/std up to 1e5 the variance is within
-    1e-4 of the exact one (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. 1.7).
+    Two passes with a correction for the rounding of the first: in float32 with mean/std up to 1e5 the variance is
+    within 1e-4 of the exact one (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. 1.7).
 
     Args:
       x: [...], float16, bfloat16, float32 or float64.

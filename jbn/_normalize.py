@@ -165,7 +165,8 @@ def affine_tangent(x, weights, mean, slope, bias, x_dot, mean_dot, slope_dot, bi
     del bias
     constant_dot = bias_dot - slope * mean_dot
     mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
-    y_dot = slope * x_dot.astype(mean.dtype) + (x.astype(mean.dtype) - mean) * slope_dot + constant_dot
+    apart = select(weights, x.astype(mean.dtype) - mean)  # or a masked NaN times dy = 0 would reach slope's gradient
+    y_dot = slope * x_dot.astype(mean.dtype) + apart * slope_dot + constant_dot
     return select(weights, y_dot.astype(x.dtype))
 
 

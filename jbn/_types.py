@@ -77,5 +77,7 @@ def init(
         raise TypeError(f"dtype is {jnp.dtype(dtype)}; params need a floating-point type, such as jnp.float32.")
     statistics = statistics_dtype(dtype)
     params = Params(jnp.ones(shape, dtype) if scale else None, jnp.zeros(shape, dtype) if bias else None)
-    state = State(jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.asarray(0 if debias else 1, statistics))
+    state = State(
+        jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.asarray(0 if debias else 1, statistics)
+    )
     return params, state

@@ -23,8 +23,8 @@ def update(
         state' = state + (1 - g) / weight' * (measured - state)         for mean and for var
 
     From `weight` 0 this is the exactly debiased moving average at every step, and the first measurement replaces the
-    state whole; from `weight` 1 it is the plain moving average. The state never becomes other than finite: a measurement
-    with count 0, or with any value that is not finite, leaves it as it was, bit for bit. So does `amount` 0.
+    state whole; from `weight` 1 it is the plain moving average. A state stays finite: a measurement with count 0,
+    or with any value that is not finite, leaves it as it was, bit for bit. So does `amount` 0.
 
     Args:
       state: `State` with fields of shape `[*features]`.
@@ -66,4 +66,6 @@ def update(
     valid = (count > 0) & (fresh > 0)
     for value in (count, *new):
         valid &= jnp.all(jnp.isfinite(value))
-    return lax.stop_gradient(jax.tree.map(lambda moved, old: jnp.where(valid, moved.astype(old.dtype), old), new, state))
+    return lax.stop_gradient(
+        jax.tree.map(lambda moved, old: jnp.where(valid, moved.astype(old.dtype), old), new, state)
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import os
 import shutil
 import tarfile
 import tempfile
@@ -28,8 +27,18 @@ class Dataset(NamedTuple):
     test_images: np.ndarray  # [test, 32, 32, 3], uint8
     test_labels: np.ndarray  # [test], int32
 
+    def first(self, count: int | None) -> "Dataset":
+        """The same with only the first `count` training images."""
+        if count is None or count >= len(self.train_labels):
+            return self
+        return self._replace(
+            name=f"{self.name}, first {count:,}",
+            train_images=self.train_images[:count],
+            train_labels=self.train_labels[:count],
+        )
 
-class NoNetwork(Exception):
+
+class NoNetworkError(Exception):
     """The archive cannot be had now; nothing is wrong with what is here."""
 
 
@@ -39,7 +48,7 @@ def load(folder: Path | None, cache: Path, report=print) -> Dataset:
         return read(folder)
     try:
         return read(download(cache))
-    except NoNetwork as error:
+    except NoNetworkError as error:
         report(f"CIFAR-10 is not in {cache} and cannot be downloaded ({error}): training on the embedded set instead.")
         return embedded()
 
@@ -54,15 +63,15 @@ def read(folder: Path) -> Dataset:
     inner = folder / FOLDER
     folder = inner if inner.is_dir() else folder
     images, labels = zip(*(_read_file(folder / name) for name in (*TRAIN_FILES, TEST_FILE)), strict=True)
-    return Dataset(
-        f"CIFAR-10 ({folder})", np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1]
-    )
+    name = f"CIFAR-10 (test images {hashlib.md5(images[-1]).hexdigest()[:8]})"
+    return Dataset(name, np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     expected = RECORDS * (1 + PIXELS)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected the official binary layout: {', '.join(TRAIN_FILES)}, {TEST_FILE}.")
+        wanted = ", ".join((*TRAIN_FILES, TEST_FILE))
+        raise FileNotFoundError(f"{path} is missing; expected the official binary layout: {wanted}.")
     if path.stat().st_size != expected:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; expected {expected:,}. Fetch it again.")
     records = np.fromfile(path, np.uint8).reshape(RECORDS, 1 + PIXELS)
@@ -76,7 +85,7 @@ def download(cache: Path, url: str = URL, md5: str = MD5) -> Path:
     """The folder of CIFAR-10 in the cache, downloaded if it is not there. It appears whole or not at all.
 
     Raises:
-      NoNetwork: the archive could not be fetched to its end.
+      NoNetworkError: the archive could not be fetched to its end.
       ValueError: the archive is not the one expected.
     """
     folder = cache / FOLDER
@@ -100,7 +109,7 @@ def download(cache: Path, url: str = URL, md5: str = MD5) -> Path:
                 with (unpacked / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         try:
-            os.replace(unpacked, folder)
+            unpacked.replace(folder)
         except OSError:
             if not folder.is_dir():  # another process may have been quicker
                 raise
@@ -113,9 +122,9 @@ def _fetch(url: str, path: Path) -> None:
             shutil.copyfileobj(response, file)
             expected = int(response.headers.get("Content-Length", file.tell()))
             if file.tell() != expected:
-                raise NoNetwork(f"{url} broke off after {file.tell():,} of {expected:,} bytes")
+                raise NoNetworkError(f"{url} broke off after {file.tell():,} of {expected:,} bytes")
     except (OSError, http.client.HTTPException) as error:
-        raise NoNetwork(f"{url}: {getattr(error, 'reason', error)}") from error
+        raise NoNetworkError(f"{url}: {getattr(error, 'reason', error)}") from error
 
 
 def embedded(train: int = 4096, test: int = 2000, seed: int = 0) -> Dataset:

@@ -1,7 +1,6 @@
 """What a person sees of a run: progress, a table, metrics.csv and curves.png."""
 
 import csv
-import os
 import time
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def write_metrics(path: Path, history: list[dict]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(history)
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def write_curves(path: Path, history: list[dict], layers: dict, title: str) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import data
 import jax
@@ -42,6 +42,8 @@ class Config:
     """Times each image is seen."""
     batch: int = 128
     """Images per step, over all devices together."""
+    train_images: int | None = None
+    """Use only so many training images, the first ones."""
     peak_rate: float = 0.2
     """Highest learning rate of the one-cycle schedule."""
     momentum: float = 0.9
@@ -60,8 +62,10 @@ class Config:
     """End with an error if the test accuracy stays below this, in [0, 1]."""
 
 
-def settle(config: Config) -> Config:
-    """The config with its run folder; for a resumed run the one it was started with."""
+def parse(arguments: list[str] | None = None) -> Config:
+    """The config that the command line asks for, with its run folder; for a resumed run the one it was started with."""
+    cli = partial(tyro.cli, Config, args=arguments, description=__doc__)
+    config = cli()
     if config.resume is None:
         run = config.run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         if (run / "config.json").exists():
@@ -70,14 +74,14 @@ def settle(config: Config) -> Config:
     path = config.resume / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {config.resume} is not the folder of a run.")
-    saved = json.loads(path.read_text())["config"]
+    saved = json.loads(path.read_text())["config"] | {"run": config.resume, "resume": config.resume}
     paths = {name: Path(saved[name]) for name in ("data", "cache") if saved[name] is not None}
-    kept = dataclasses.replace(Config(**{**saved, **paths}), run=config.resume, resume=config.resume)
-    for field in dataclasses.fields(config):
-        given, was = getattr(config, field.name), getattr(kept, field.name)
-        if field.name != "run" and given not in (field.default, was):
-            raise ValueError(f"--resume takes {field.name} from {path}: it is {was}, and {given} was given. Leave it out.")
-    return kept
+    started = Config(**{**saved, **paths})
+    for name, value in dataclasses.asdict(cli(default=started)).items():
+        was = getattr(started, name)
+        if value != was:
+            raise ValueError(f"--resume takes {name} from {path}: it is {was}, and {value} was given. Leave it out.")
+    return started
 
 
 def write_config(config: Config, dataset: data.Dataset) -> None:
@@ -96,8 +100,9 @@ def write_config(config: Config, dataset: data.Dataset) -> None:
 
 
 def train(config: Config) -> list[dict]:
-    """Train as `config`, already settled, says; returns one row of numbers an epoch."""
-    dataset = data.load(config.data, config.cache, report.console.print)
+    """Train as `config` says; returns one row of numbers an epoch."""
+    assert config.run is not None
+    dataset = data.load(config.data, config.cache, report.console.print).first(config.train_images)
     train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
     mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     if config.batch % mesh.size or not 0 < config.batch <= train_count:
@@ -184,16 +189,17 @@ class Checkpoints:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    run = None
     try:
-        config = settle(config)
+        config = parse()
+        run = config.run
         accuracy = train(config)[-1]["test_accuracy"]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        saved = sorted(path.name for path in (config.run / "checkpoints").glob("[0-9]*"))
-        last = f"The last checkpoint is of epoch {saved[-1]}" if saved else "There is no checkpoint yet"
-        report.console.print(f"Stopped. {last}; go on with --resume {config.run}")
+        saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()] if run else []
+        last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"
+        report.console.print(f"Stopped. {last}; go on with --resume {run}")
         sys.exit(130)
     if accuracy < config.require_accuracy:
         sys.exit(f"error: test accuracy {accuracy:.2%} is below the required {config.require_accuracy:.2%}")

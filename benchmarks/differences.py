@@ -1,0 +1,147 @@
+"""Measure what sets jbn apart from its peers, one number each; a peer that is not installed is named and left out.
+
+    python benchmarks/differences.py
+"""
+
+import importlib.util
+import os
+import platform
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jbn
+
+FEATURES, EPSILON = 64, 1e-5
+console = Console(highlight=False)
+
+
+def with_jbn(x):
+    params, state = jbn.init(x.shape[-1])
+    y, state = jbn.batch_norm(x, params, state, train=True, unbiased=False)
+    return y, state.var
+
+
+def with_flax(x):
+    from flax import linen as nn
+
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
+    variables = layer.init(jax.random.key(0), x)
+    y, variables = layer.apply(variables, x, mutable=["batch_stats"])
+    return y, variables["batch_stats"]["var"]
+
+
+def with_haiku(x):
+    import haiku as hk
+
+    layer = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.0)(x, is_training=True))
+    params, state = layer.init(jax.random.key(0), x)
+    y, state = layer.apply(params, state, None, x)
+    return y, state["batch_norm/~/var_ema"]["average"]
+
+
+def with_keras(x):
+    import keras
+
+    layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON)
+    y = layer(x, training=True)
+    return y, layer.moving_variance.value
+
+
+def with_torch(x):
+    import torch
+
+    layer = torch.nn.BatchNorm1d(x.shape[-1], momentum=1.0)
+    y = layer(torch.from_numpy(np.array(x))).detach().numpy()
+    return y, layer.running_var.numpy() * (len(x) - 1) / len(x)
+
+
+IMPLEMENTATIONS = {"jbn": with_jbn, "flax": with_flax, "haiku": with_haiku, "keras": with_keras, "torch": with_torch}
+
+
+def accuracy(names) -> Table:
+    """Largest error of variance and output, against float64 on the same float32 numbers."""
+    table = Table("mean / std", *names, title="relative error of the variance / error of the output, whose std is 1")
+    noise = np.random.default_rng(0).standard_normal((4096, FEATURES))
+    for offset in (0.0, 1e2, 1e3, 1e4, 1e5):
+        x = jnp.asarray(offset + noise, jnp.float32)
+        exact = np.asarray(x, np.float64)
+        mean, var = exact.mean(0), exact.var(0)
+        cells = []
+        for name in names:
+            y, found = IMPLEMENTATIONS[name](x)
+            output = np.abs(np.asarray(y) - (exact - mean) / np.sqrt(var + EPSILON)).max()
+            cells.append(f"{np.abs(np.asarray(found) / var - 1).max():.0e} / {output:.0e}")
+        table.add_row(f"{offset:.0e}", *cells)
+    return table
+
+
+def kept(function, x) -> float:
+    """Bytes kept for the backward pass, for each value of `x`."""
+    _, backward = jax.vjp(function, x)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(backward)) / x.size
+
+
+def memory(names) -> Table:
+    table = Table("x", *names, title="bytes kept for the backward pass, per value of x")
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = jnp.ones((1024, FEATURES), dtype)
+        table.add_row(jnp.dtype(dtype).name, *(f"{kept(lambda x, f=IMPLEMENTATIONS[name]: f(x)[0], x):.2f}" for name in names))
+    return table
+
+
+def masks() -> Table:
+    """Four devices with 8, 1, 2 and 5 valid rows; then a NaN in a masked row; then a batch that is masked whole."""
+    from flax import linen as nn
+
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((4, 8, 1)) + np.arange(4).reshape(4, 1, 1), jnp.float32)
+    mask = jnp.arange(8) < jnp.array([8, 1, 2, 5])[:, None]
+    params, state = jbn.init(1)
+
+    def peer(x, mask, axis_name=None):
+        layer = nn.BatchNorm(use_running_average=False, momentum=0.0, axis_name=axis_name)
+        variables = {"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}}
+        y, updated = layer.apply(variables, x, mask=mask[..., None], mutable=["batch_stats"])
+        return y, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
+
+    def ours(x, mask, axis_name=None):
+        y, new = jbn.batch_norm(x, params, state, train=True, weights=mask, axis_name=axis_name, unbiased=False)
+        return y, new.mean, new.var
+
+    def gradient(layer):
+        poisoned = x[0].at[7].set(jnp.nan)
+        valid = jnp.arange(8) < 7
+        loss = lambda x: jnp.sum(jnp.where(valid[:, None], layer(x, valid)[0], 0.0) ** 3)
+        return int(jnp.sum(jnp.isnan(jax.grad(loss)(poisoned)[:7])))
+
+    exact = np.asarray(x, np.float64)[np.asarray(mask)]
+    table = Table("masked input", "exact", "jbn", "flax", title="masks")
+    results = [jax.vmap(lambda x, m, f=f: f(x, m, "i"), axis_name="i")(x, mask) for f in (ours, peer)]
+    table.add_row("mean over 4 devices", f"{exact.mean():.3f}", *(f"{float(r[1][0, 0]):.3f}" for r in results))
+    table.add_row("variance over 4 devices", f"{exact.var():.3f}", *(f"{float(r[2][0, 0]):.3f}" for r in results))
+    table.add_row("NaN gradients of 7 valid rows", "0", str(gradient(ours)), str(gradient(peer)))
+    nothing = [float(f(x[0], jnp.zeros(8, bool))[1][0]) for f in (ours, peer)]
+    table.add_row("running mean after an all-masked batch", "0", *(f"{value:g}" for value in nothing))
+    return table
+
+
+def main() -> None:
+    modules = {"jbn": "jbn", "flax": "flax", "haiku": "haiku", "keras": "keras", "torch": "torch"}
+    names = [name for name, module in modules.items() if importlib.util.find_spec(module)]
+    for name in modules.keys() - set(names):
+        console.print(f"{name} is not installed and left out")
+    console.print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}")
+    console.print(accuracy(names))
+    console.print(memory([name for name in names if name != "torch"]))
+    if "flax" in names:
+        console.print(masks())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Train the example's ResNet on jbn and on Flax's own modules: same data, order and starting values, in one run.
+
+    python benchmarks/resnet_peer.py                      the embedded set
+    python benchmarks/resnet_peer.py --data FOLDER        a part of CIFAR-10
+
+Prints the test accuracy of both after the same epochs, for every seed and in the mean, and images/s of the training
+step: blocks of steps of the two in turn, so that both see the same machine; medians of the blocks and of their ratios.
+"""
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar10"))
+
+import data
+import flax_resnet
+import model
+import report
+import steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Path | None = None
+    """Folder with CIFAR-10 in the official binary layout; without it the embedded set."""
+    depth: int = 8
+    epochs: int = 4
+    seeds: int = 3
+    batch: int = 64
+    train_images: int = 4096
+    """How many training images to use, the first ones."""
+    speed_depth: int = 20
+    """Depth of the network whose step is timed."""
+    speed_batch: int = 128
+    blocks: int = 7
+    """Blocks of timed steps of each network."""
+    block: int = 4
+    """Steps a block."""
+
+
+NETWORKS = {
+    "jbn": (model.apply, lambda params, state: (params, state)),
+    "flax": (flax_resnet.apply, lambda params, state: flax_resnet.convert(params)),
+}
+
+
+def prepare(name, dataset, config, *, depth, batch, seed):
+    """Compiled steps, their starting carry, and the training images."""
+    apply, convert = NETWORKS[name]
+    mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    total = config.epochs * (len(dataset.train_labels) // batch)
+    optimizer = steps.make_optimizer(0.1, total, momentum=0.9, weight_decay=5e-4)
+    train, evaluate = steps.make_steps(
+        partial(apply, depth=depth), optimizer, mesh, batch=batch, smoothing=0.1, dtype=jnp.dtype("float32")
+    )
+    params, state = convert(*model.init(jax.random.key(seed), depth))
+    carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+    mean, std = steps.channel_statistics(dataset.train_images)
+    put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
+    train_images = steps.Images(dataset.train_images, dataset.train_labels, mean, std)
+    test_images = steps.Images(dataset.test_images, dataset.test_labels, mean, std)
+    return train, evaluate, *map(put, (carry, train_images, test_images)), put
+
+
+def accuracy(name, dataset, config, seed) -> float:
+    """Test accuracy after `config.epochs`."""
+    train, evaluate, carry, train_images, test_images, put = prepare(
+        name, dataset, config, depth=config.depth, batch=config.batch, seed=seed
+    )
+    key = jax.random.key(seed)
+    totals = put(steps.Totals.zero())
+    count = len(dataset.train_labels)
+    for epoch in range(config.epochs):
+        order = put(jax.random.permutation(jax.random.fold_in(key, epoch), count))
+        for _ in range(count // config.batch):
+            carry, totals = train(carry, totals, train_images, order, key)
+            float(totals.loss)
+    totals = put(steps.Totals.zero())
+    for start in range(0, len(dataset.test_labels), config.batch):
+        totals = evaluate(carry, totals, test_images, start)
+    return totals.means("test")["test_accuracy"]
+
+
+def speed(dataset, config) -> dict[str, list[float]]:
+    """Images per second of every block of training steps, for each network in turn."""
+    prepared, rates = {}, {name: [] for name in NETWORKS}
+    for name in NETWORKS:
+        train, _, carry, images, _, put = prepare(
+            name, dataset, config, depth=config.speed_depth, batch=config.speed_batch, seed=0
+        )
+        order = put(jnp.arange(len(dataset.train_labels)))
+        prepared[name] = [train, carry, put(steps.Totals.zero()), images, order]
+    key = jax.random.key(0)
+    for index in range(config.blocks + 1):
+        for name, (train, carry, totals, images, order) in prepared.items():
+            started = time.perf_counter()
+            for _ in range(config.block):
+                carry, totals = train(carry, totals, images, order, key)
+            float(totals.loss)
+            prepared[name][1:3] = carry, totals
+            if index:  # the first block compiles
+                rates[name].append(config.block * config.speed_batch / (time.perf_counter() - started))
+    return rates
+
+
+def main(config: Config) -> None:
+    dataset = (data.read(config.data) if config.data else data.embedded()).first(config.train_images)
+    device = jax.devices()[0]
+    hardware = f"{device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    report.console.print(f"{dataset.name}; {hardware}; jax {jax.__version__}")
+
+    rates = speed(dataset, config)
+    table = Table(
+        "network",
+        "images/s",
+        "least",
+        "most",
+        title=f"Training step, ResNet-{config.speed_depth}, batch {config.speed_batch}",
+    )
+    for name, values in rates.items():
+        table.add_row(name, *(f"{value:.0f}" for value in (np.median(values), min(values), max(values))))
+    report.console.print(table)
+    report.console.print(f"jbn / flax: {np.median(np.divide(rates['jbn'], rates['flax'])):.3f}")
+
+    title = f"Test accuracy, ResNet-{config.depth}, {len(dataset.train_labels):,} images, {config.epochs} epochs"
+    table = Table("seed", *NETWORKS, title=title)
+    found = {name: [] for name in NETWORKS}
+    for seed in range(config.seeds):
+        for name in NETWORKS:
+            found[name].append(accuracy(name, dataset, config, seed))
+        table.add_row(str(seed), *(f"{values[-1]:.2%}" for values in found.values()))
+    table.add_row("mean", *(f"{np.mean(values):.2%}" for values in found.values()))
+    report.console.print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

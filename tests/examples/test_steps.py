@@ -1,0 +1,100 @@
+"""The compiled steps of the CIFAR-10 example: augmentation, optimizer, one answer on any number of devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import model
+import numpy as np
+import pytest
+import steps
+
+BATCH, DEPTH = 16, 8
+
+
+def mesh_of(count):
+    return jax.make_mesh(
+        (count,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:count]
+    )
+
+
+@pytest.fixture(scope="module")
+def images():
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(256, size=(43, 32, 32, 3)), random.integers(10, size=43)
+    pixels = pixels.astype(np.uint8)
+    return steps.Images(pixels, labels.astype(np.int32), *steps.channel_statistics(pixels))
+
+
+@pytest.fixture(scope="module")
+def trained(images):
+    """Carry, training totals and evaluation totals after three steps, on 1 and on 8 devices."""
+    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
+    params, state = model.init(jax.random.key(0), DEPTH)
+    results = {}
+    for count in (1, 8):
+        mesh = mesh_of(count)
+        put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
+        train, evaluate = steps.make_steps(
+            partial(model.apply, depth=DEPTH), optimizer, mesh, batch=BATCH, smoothing=0.1, dtype=jnp.dtype("float32")
+        )
+        carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+        # copies: the steps give the memory of what they are passed to their results
+        carry, totals, measured = put(jax.tree.map(jnp.copy, (carry, steps.Totals.zero(), steps.Totals.zero())))
+        placed, order, key = put(images), put(jnp.arange(43)[::-1]), jax.random.key(3)
+        for _ in range(3):
+            carry, totals = train(carry, totals, placed, order, key)
+        for start in range(0, 43, BATCH):
+            measured = evaluate(carry, measured, placed, start)
+        results[count] = jax.device_get((carry, totals, measured))
+    return results
+
+
+def test_one_and_eight_devices_train_the_same_model(trained):
+    one, eight = trained[1], trained[8]
+    assert one[1].correct == eight[1].correct and one[1].count == eight[1].count == 3 * BATCH
+    # three steps of float32 sums in another order
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), one[0], eight[0])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_evaluation_counts_every_image_once(trained, images, devices):
+    carry, _, measured = trained[devices]
+    inputs = (images.pixels - images.mean) / images.std
+    logits, _ = jax.jit(partial(model.apply, depth=DEPTH, train=False))(carry.params, carry.state, inputs)
+    assert measured.count == 43
+    assert measured.correct == np.sum(np.argmax(logits, -1) == images.labels)
+    losses = np.log(np.exp(np.float64(logits)).sum(-1)) - np.take_along_axis(logits, images.labels[:, None], -1)[:, 0]
+    np.testing.assert_allclose(measured.loss, losses.sum(), rtol=1e-4)  # float32
+
+
+def test_nothing_seen_has_no_mean():
+    assert steps.Totals.zero().means("test") == {"test_loss": None, "test_accuracy": None}
+
+
+def test_a_crop_is_a_window_of_the_padded_image_flipped_or_not():
+    image = jnp.arange(1.0, 32 * 32 * 3 + 1).reshape(32, 32, 3)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32, 3))[:, :, 0]
+    seen = set()
+    for crop in jax.vmap(steps.augment, (0, None))(jax.random.split(jax.random.key(0), 500), image):
+        for flipped in (False, True):
+            same = np.all(windows == np.asarray(crop[:, ::-1] if flipped else crop), axis=(2, 3, 4))
+            seen.update((int(top), int(left), flipped) for top, left in np.argwhere(same))
+    assert len(seen) > 140 and len({where[:2] for where in seen}) > 78  # of 162 and 81
+
+
+def test_channel_statistics(images):
+    mean, std = steps.channel_statistics(images.pixels)
+    np.testing.assert_allclose(mean, images.pixels.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, images.pixels.std((0, 1, 2)), rtol=1e-6)
+
+
+def test_weight_decay_touches_kernels_only():
+    params, _ = model.init(jax.random.key(0), DEPTH)
+    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=0.5)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path[-1:]) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(leaf)
+    }
+    assert moved == {"['kernel']"}
