@@ -1,6 +1,6 @@
 """Measure what sets jbn apart from its peers, one number each; a peer that is not installed is named and left out.
 
-    python benchmarks/differences.py
+python benchmarks/differences.py
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ def with_keras(x):
 
     layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON)
     y = layer(x, training=True)
-    return y, layer.moving_variance.value
+    return y, layer.get_weights()[3]
 
 
 def with_torch(x):
@@ -58,7 +58,7 @@ def with_torch(x):
 
     layer = torch.nn.BatchNorm1d(x.shape[-1], momentum=1.0)
     y = layer(torch.from_numpy(np.array(x))).detach().numpy()
-    return y, layer.running_var.numpy() * (len(x) - 1) / len(x)
+    return y, layer.state_dict()["running_var"].numpy() * (len(x) - 1) / len(x)
 
 
 IMPLEMENTATIONS = {"jbn": with_jbn, "flax": with_flax, "haiku": with_haiku, "keras": with_keras, "torch": with_torch}
@@ -91,7 +91,9 @@ def memory(names) -> Table:
     table = Table("x", *names, title="bytes kept for the backward pass, per value of x")
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.ones((1024, FEATURES), dtype)
-        table.add_row(jnp.dtype(dtype).name, *(f"{kept(lambda x, f=IMPLEMENTATIONS[name]: f(x)[0], x):.2f}" for name in names))
+        table.add_row(
+            jnp.dtype(dtype).name, *(f"{kept(lambda x, f=IMPLEMENTATIONS[name]: f(x)[0], x):.2f}" for name in names)
+        )
     return table
 
 
@@ -108,7 +110,7 @@ def masks() -> Table:
         layer = nn.BatchNorm(use_running_average=False, momentum=0.0, axis_name=axis_name)
         variables = {"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}}
         y, updated = layer.apply(variables, x, mask=mask[..., None], mutable=["batch_stats"])
-        return y, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
+        return y, *jax.tree.leaves(updated)
 
     def ours(x, mask, axis_name=None):
         y, new = jbn.batch_norm(x, params, state, train=True, weights=mask, axis_name=axis_name, unbiased=False)
@@ -117,7 +119,10 @@ def masks() -> Table:
     def gradient(layer):
         poisoned = x[0].at[7].set(jnp.nan)
         valid = jnp.arange(8) < 7
-        loss = lambda x: jnp.sum(jnp.where(valid[:, None], layer(x, valid)[0], 0.0) ** 3)
+
+        def loss(x):
+            return jnp.sum(jnp.where(valid[:, None], layer(x, valid)[0], 0.0) ** 3)
+
         return int(jnp.sum(jnp.isnan(jax.grad(loss)(poisoned)[:7])))
 
     exact = np.asarray(x, np.float64)[np.asarray(mask)]
@@ -136,7 +141,9 @@ def main() -> None:
     names = [name for name, module in modules.items() if importlib.util.find_spec(module)]
     for name in modules.keys() - set(names):
         console.print(f"{name} is not installed and left out")
-    console.print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}")
+    console.print(
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}"
+    )
     console.print(accuracy(names))
     console.print(memory([name for name in names if name != "torch"]))
     if "flax" in names:

@@ -6,6 +6,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def statistics_dtype(*dtypes) -> jnp.dtype:
@@ -50,13 +51,13 @@ def _reduced_axes(x, feature_axis) -> tuple[int, ...]:
 
 
 def _check_weights(weights, x, axes) -> jax.Array:
-    weights = jnp.asarray(weights)
+    given = weights = jnp.asarray(weights)
     full = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
     if weights.ndim == len(axes) and weights.ndim < x.ndim:
         weights = jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis not in axes])
     if weights.ndim != x.ndim or any(size not in (1, want) for size, want in zip(weights.shape, full, strict=True)):
         raise ValueError(
-            f"weights has shape {list(weights.shape)} and x has shape {list(x.shape)}; expected {full}, or the same "
+            f"weights has shape {list(given.shape)} and x has shape {list(x.shape)}; expected {full}, or the same "
             f"with the feature axes left out, where any size may also be 1."
         )
     if weights.dtype == jnp.bool_:
@@ -67,21 +68,24 @@ def _check_weights(weights, x, axes) -> jax.Array:
     return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
 
 
-def check_fields(name, value, kind, shape) -> None:
-    """`value` is a `kind` (`Params`, `State` or `Moments`) whose fields have `shape`, the scalar ones []."""
+def check_fields(name, value, kind, shape=None) -> None:
+    """`value` is a `kind` (`Params`, `State` or `Moments`) whose fields have `shape`; without one, that of its mean."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}.")
-    for field, array in value._asdict().items():
-        want = () if field in ("count", "weight") else tuple(shape)
-        if (array is None and name == "params") or (field == "mean_low" and jnp.ndim(array) == 0):
+    shape = jnp.shape(value.mean) if shape is None else shape
+    for field, given in value._asdict().items():
+        if given is None and kind.__name__ == "Params":
             continue
-        if jnp.shape(array) != want:
+        if given is None:
+            raise TypeError(f"{name}.{field} is None; expected an array. Only scale and bias may be left out.")
+        array, want = jnp.asarray(given), () if field in ("count", "weight") else shape
+        if array.shape != want and not (field == "mean_low" and array.ndim == 0):
             raise ValueError(
-                f"{name}.{field} has shape {list(jnp.shape(array))}; expected {list(want)}. Check feature_axis, and "
-                f"the features that jbn.init was given."
+                f"{name}.{field} has shape {list(array.shape)}; expected {list(want)}. Check feature_axis, and the "
+                f"features given to jbn.init."
             )
-        if not jnp.issubdtype(jnp.result_type(array), jnp.floating) and field != "count":
-            raise TypeError(f"{name}.{field} is {jnp.result_type(array)}; expected a floating-point type.")
+        if not jnp.issubdtype(array.dtype, jnp.floating) and field != "count":
+            raise TypeError(f"{name}.{field} is {array.dtype}; expected a floating-point type.")
 
 
 def feature_shape(x, axes) -> tuple[int, ...]:
@@ -93,14 +97,14 @@ def check_fraction(name, value) -> None:
     """`value` lies in [0, 1], where that can be known: a traced value is not looked at."""
     if jnp.ndim(value) != 0:
         raise ValueError(f"{name} has shape {list(jnp.shape(value))}; expected a scalar.")
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+    if not isinstance(value, Tracer) and not 0 <= np.asarray(value) <= 1:
         hint = " decay is the weight of the old value: one minus PyTorch's momentum." if name == "decay" else ""
         raise ValueError(f"{name} is {value}; expected a number in [0, 1].{hint}")
 
 
 def check_epsilon(epsilon) -> None:
     """`epsilon` is a scalar and not negative, where that can be known."""
-    if jnp.ndim(epsilon) != 0 or (not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf):
+    if jnp.ndim(epsilon) != 0 or (not isinstance(epsilon, Tracer) and not 0 <= np.asarray(epsilon) < math.inf):
         raise ValueError(f"epsilon is {epsilon}; expected a number that is not negative, such as 1e-5.")
 
 

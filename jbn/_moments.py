@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -87,15 +88,16 @@ def merge(*moments: Moments) -> Moments:
     """
     if not moments:
         raise TypeError("merge was given nothing; pass one or more jbn.Moments, such as merge(*parts) for a list.")
+    check_fields("moments[0]", moments[0], Moments)
+    shape = jnp.shape(moments[0].mean)
     for index, part in enumerate(moments):
-        check_fields(f"moments[{index}]", part, Moments, jnp.shape(getattr(moments[0], "mean", 0)))
+        check_fields(f"moments[{index}]", part, Moments, shape)
     dtype = statistics_dtype(*(jnp.asarray(part.var).dtype for part in moments))
 
-    def stack(*fields):
-        shape = jnp.broadcast_shapes(*map(jnp.shape, fields))
-        return jnp.stack([jnp.broadcast_to(jnp.asarray(field, dtype), shape) for field in fields])
+    def column(field, shape):
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(getattr(part, field), dtype), shape) for part in moments])
 
-    return _combine(jax.tree.map(stack, *moments))
+    return _combine(Moments(column("count", ()), *(column(field, shape) for field in Moments._fields[1:])))
 
 
 def _combine(parts: Moments) -> Moments:
@@ -107,7 +109,7 @@ def _combine(parts: Moments) -> Moments:
     mean, low, var = (
         jnp.where(present, field, jnp.zeros_like(field)) for field in (parts.mean, parts.mean_low, parts.var)
     )
-    center = jnp.sum(share * mean, 0)
+    center = _fixed(jnp.sum(share * mean, 0), 3)
     apart = mean - jnp.expand_dims(center, 0) + low
     rest = jnp.sum(share * apart, 0)
     between = (apart - jnp.expand_dims(rest, 0)) ** 2
@@ -116,8 +118,19 @@ def _combine(parts: Moments) -> Moments:
 
 def _as_moments(count, center, rest, var) -> Moments:
     """`Moments` with the mean `center + rest`, where `rest` is small beside `center`."""
+    rest = _fixed(rest, 1)
     mean = center + rest
     return Moments(count, mean, var, rest - (mean - center))
+
+
+def _fixed(value, bits):
+    """`value` without its last `bits`: the same number wherever it is used.
+
+    Compilers make a cheap value again in each fusion that needs it, rounded in one and part of a multiply-add in
+    another; `mean_low` is exact only if all see one number. Optimization barriers are gone when fusions are formed.
+    """
+    info = jnp.finfo(value.dtype)
+    return lax.reduce_precision(value, info.nexp, info.nmant - bits)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -129,18 +142,22 @@ def _moments(axes, names, x, weights) -> Moments:
 def _moments_jvp(axes, names, primals, tangents):
     measured = _moments(axes, names, *primals)
     tangent = remat(partial(measure_tangent, axes=axes, names=names))
-    return measured, tangent(*primals, measured, materialize(tangents[0]), materialize(tangents[1], required=False))
+    return measured, tangent(*primals, measured, *materialize(primals, tangents))
 
 
 # A tangent function under this keeps its arguments for the backward pass and makes the rest again.
 remat = partial(jax.checkpoint, prevent_cse=False)
 
 
-def materialize(tangent, required: bool = True):
-    """A symbolic zero as an array of zeros, or as None where that saves work."""
-    if not isinstance(tangent, SymbolicZero):
-        return tangent
-    return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if required else None
+def materialize(primals, tangents) -> tuple:
+    """Tangents of (x, weights, ...) with arrays for symbolic zeros, but `None` for weights, where that saves work."""
+
+    def array(primal, tangent):
+        return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+
+    x_dot, weights_dot, *rest_dot = tangents
+    x_dot, *rest_dot = jax.tree.map(array, (primals[0], *primals[2:]), (x_dot, *rest_dot))
+    return x_dot, None if isinstance(weights_dot, SymbolicZero) else weights_dot, *rest_dot
 
 
 def measure(x, weights, axes, names) -> Moments:
@@ -151,7 +168,7 @@ def measure(x, weights, axes, names) -> Moments:
     if weights is not None:
         count *= jnp.sum(weights.astype(dtype))
     divisor = _nonzero(count)
-    center = _weighted_sum(weights, values, axes) / divisor
+    center = _fixed(_weighted_sum(weights, values, axes) / divisor, 3)
     apart = select(weights, values - jnp.expand_dims(center, axes))
     rest = _weighted_sum(weights, apart, axes) / divisor
     var = _weighted_sum(weights, apart * apart, axes) / divisor - rest * rest

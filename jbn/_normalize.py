@@ -128,18 +128,17 @@ def _normalize_batch(axes, names, x, weights, params, epsilon):
 
 @partial(_normalize_batch.defjvp, symbolic_zeros=True)
 def _normalize_batch_jvp(axes, names, primals, tangents):
-    y, measured = _normalize_batch(axes, names, *primals)
-
-    def tangent(x, weights, params, epsilon, measured, x_dot, weights_dot, params_dot, epsilon_dot):
+    def tangent(primals, measured, tangents):
+        x, weights, *rest = primals
+        x_dot, weights_dot, *rest_dot = tangents
+        x_dot = x_dot.astype(measured.mean.dtype)  # once, so that the gradient of a narrower x is rounded once
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names)
-        primals, tangents = (measured, params, epsilon), (measured_dot, params_dot, epsilon_dot)
-        coefficients, coefficients_dot = jax.jvp(_coefficients, primals, tangents)
-        return affine_tangent(x, weights, *coefficients, x_dot, *coefficients_dot, axes), measured_dot
+        coefficients = jax.jvp(_coefficients, (measured, *rest), (measured_dot, *rest_dot))
+        return affine_tangent(x, weights, coefficients, x_dot, axes), measured_dot
 
-    x_dot, weights_dot, *rest_dot = tangents
-    dots = (materialize(x_dot), materialize(weights_dot, required=False), *jax.tree.map(materialize, rest_dot))
-    return (y, measured), remat(tangent)(*primals, measured, *dots)
+    y, measured = _normalize_batch(axes, names, *primals)
+    return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -149,9 +148,10 @@ def _affine(axes, x, weights, mean, slope, bias):
 
 @_affine.defjvp
 def _affine_jvp(axes, primals, tangents):
+    x, weights, *coefficients = primals
     x_dot, _, *coefficients_dot = tangents
     tangent = remat(partial(affine_tangent, axes=axes))
-    return _affine(axes, *primals), tangent(*primals, x_dot, *coefficients_dot)
+    return _affine(axes, *primals), tangent(x, weights, (coefficients, coefficients_dot), x_dot)
 
 
 def affine(x, weights, mean, slope, bias, axes):
@@ -160,9 +160,12 @@ def affine(x, weights, mean, slope, bias, axes):
     return select(weights, ((x.astype(mean.dtype) - mean) * slope + bias).astype(x.dtype))
 
 
-def affine_tangent(x, weights, mean, slope, bias, x_dot, mean_dot, slope_dot, bias_dot, axes):
-    """The tangent of `affine`, arranged so that its transpose sums dy and dy * (x - mean) once each."""
-    del bias
+def affine_tangent(x, weights, coefficients, x_dot, axes):
+    """The tangent of `affine` for a pair of coefficients and their tangents.
+
+    Arranged so that its transpose sums dy and dy * (x - mean) once each.
+    """
+    (mean, slope, _), (mean_dot, slope_dot, bias_dot) = coefficients
     constant_dot = bias_dot - slope * mean_dot
     mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
     apart = select(weights, x.astype(mean.dtype) - mean)  # or a masked NaN times dy = 0 would reach slope's gradient

@@ -34,7 +34,8 @@ class Moments(NamedTuple):
     variances merged from parts of N values with mean/std = 1e5 would be off by about 0.005 / sqrt(N).
     """
 
-    count: jax.Array  # [], the number of values per feature, or the sum of their weights
+    # [], the number of values per feature, or the sum of their weights
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: jax.Array  # [*features]
     var: jax.Array  # [*features], divided by count
     mean_low: jax.Array | float = 0.0  # [*features]

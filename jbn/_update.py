@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._check import check_fields, check_fraction
+from jbn._check import check_fields, check_fraction, statistics_dtype
 from jbn._types import Moments, State
 
 
@@ -50,22 +50,23 @@ def update(
       >>> state.mean.tolist(), state.var.tolist(), round(float(state.weight), 3)
       ([2.0], [2.0], 0.1)
     """
-    check_fields("state", state, State, jnp.shape(getattr(state, "mean", 0)))
-    check_fields("moments", moments, Moments, state.mean.shape)
+    check_fields("state", state, State)
+    check_fields("moments", moments, Moments, jnp.shape(state.mean))
     check_fraction("decay", decay)
     check_fraction("amount", amount)
-    dtype = state.mean.dtype
-    count, mean, var = (jnp.asarray(field).astype(dtype) for field in moments[:3])
+    # A state that was cast to bfloat16 would not move at decay 0.999 if its own dtype were computed in.
+    dtype = statistics_dtype(state.mean.dtype)
+    old = jax.tree.map(lambda field: jnp.asarray(field, dtype), state)
+    count, mean, var = (jnp.asarray(field, dtype) for field in moments[:3])
     if unbiased:
         var = var * (count / jnp.maximum(count - 1, 1))
     fresh = jnp.asarray(amount).astype(dtype) * (1 - jnp.asarray(decay).astype(dtype))
-    weight = (1 - fresh) * state.weight + fresh
+    weight = (1 - fresh) * old.weight + fresh
     share = jnp.where(weight > 0, fresh / jnp.where(weight > 0, weight, 1), 0)
     # The weighted mean rather than the increment: at share 1 it is the measurement itself, to the last bit.
-    new = State((1 - share) * state.mean + share * mean, (1 - share) * state.var + share * var, weight)
+    new = State((1 - share) * old.mean + share * mean, (1 - share) * old.var + share * var, weight)
     valid = (count > 0) & (fresh > 0)
     for value in (count, *new):
         valid &= jnp.all(jnp.isfinite(value))
-    return lax.stop_gradient(
-        jax.tree.map(lambda moved, old: jnp.where(valid, moved.astype(old.dtype), old), new, state)
-    )
+    moved = jax.tree.map(lambda to, still: jnp.where(valid, to.astype(still.dtype), still), new, state)
+    return lax.stop_gradient(moved)

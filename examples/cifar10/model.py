@@ -1,12 +1,15 @@
 """The CIFAR ResNet of He et al. 2015 (section 4.2) as plain functions over two pytrees: params and batch-norm state."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import jbn
 
-DEPTHS = (8, 20, 32, 56)  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
+Depth = Literal[8, 20, 32, 56]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
+DEPTHS: tuple[int, ...] = get_args(Depth)
 WIDTHS = (16, 32, 64)
 
 
@@ -18,7 +21,7 @@ def init(key: jax.Array, depth: int = 20, *, classes: int = 10, zero_last_scale:
     def unit(name, size, inputs, outputs, scale=1.0):
         kernel = jax.nn.initializers.he_normal()(next(keys), (size, size, inputs, outputs))
         norm, state[name] = jbn.init(outputs)
-        params[name] = {"kernel": kernel, "norm": norm._replace(scale=scale * norm.scale)}
+        params[name] = {"kernel": kernel, "norm": norm._replace(scale=jnp.full(outputs, scale))}
 
     unit("stem", 3, 3, WIDTHS[0])
     for name, inputs, outputs, _ in blocks(depth):

@@ -39,7 +39,8 @@ class Meter:
         )
         self.task = self.bar.add_task("compiling", total=steps, completed=done)
         self.steps, self.batch, self.interval = steps, batch, 0.5 if console.is_terminal else 20.0
-        self.started = self.shown = None
+        self.started: tuple[int, float] | None = None
+        self.shown = (done, 0.0)
 
     def __enter__(self):
         self.bar.start()
@@ -54,7 +55,8 @@ class Meter:
         if self.started is None:  # the first step is mostly compilation
             float(totals.loss)
             self.started = self.shown = (step, time.monotonic())
-        elif now - self.shown[1] >= self.interval:
+            return
+        if now - self.shown[1] >= self.interval:
             loss, accuracy = float(totals.loss) / int(totals.count), int(totals.correct) / int(totals.count)
             now = time.monotonic()
             rate = (step - self.shown[0]) / (now - self.shown[1])

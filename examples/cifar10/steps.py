@@ -18,7 +18,7 @@ REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
 class Carry(NamedTuple):
     """All that training changes, and so all that a checkpoint holds."""
 
-    params: dict
+    params: optax.Params
     state: dict
     optimizer: optax.OptState
     step: jax.Array  # [], int32
@@ -29,7 +29,7 @@ class Totals(NamedTuple):
 
     loss: jax.Array  # [], float32
     correct: jax.Array  # [], int32
-    count: jax.Array  # [], int32
+    count: jax.Array  # [], int32  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @classmethod
     def zero(cls):
@@ -45,10 +45,10 @@ class Totals(NamedTuple):
 class Images(NamedTuple):
     """A data set on the device, with the mean and standard deviation of its training images."""
 
-    pixels: jax.Array  # [count, 32, 32, 3], uint8
-    labels: jax.Array  # [count], int32
-    mean: jax.Array  # [3], in [0, 255]
-    std: jax.Array  # [3], in [0, 255]
+    pixels: jax.Array | np.ndarray  # [count, 32, 32, 3], uint8
+    labels: jax.Array | np.ndarray  # [count], int32
+    mean: jax.Array | np.ndarray  # [3], in [0, 255]
+    std: jax.Array | np.ndarray  # [3], in [0, 255]
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

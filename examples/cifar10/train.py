@@ -34,7 +34,7 @@ class Config:
     """Folder for config.json, metrics.csv, curves.png and checkpoints. Without it: runs/ and the time."""
     resume: Path | None = None
     """Go on with the run in this folder from its last whole checkpoint. Everything else is taken from there."""
-    depth: Literal[model.DEPTHS] = 20
+    depth: model.Depth = 20
     """Layers of the network."""
     zero_last_scale: bool = False
     """Start the last scale of every block at 0, so that each block starts as its shortcut."""
@@ -62,15 +62,15 @@ class Config:
     """End with an error if the test accuracy stays below this, in [0, 1]."""
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The config that the command line asks for, with its run folder; for a resumed run the one it was started with."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
+    """The config that the command line asks for, for a resumed run the one it was started with; and the run folder."""
     cli = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = cli()
     if config.resume is None:
         run = config.run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         if (run / "config.json").exists():
             raise ValueError(f"{run} holds a run already; go on with it by --resume {run}, or name another --run.")
-        return dataclasses.replace(config, run=run, cache=config.cache.expanduser())
+        return config, run
     path = config.resume / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {config.resume} is not the folder of a run.")
@@ -81,37 +81,36 @@ def parse(arguments: list[str] | None = None) -> Config:
         was = getattr(started, name)
         if value != was:
             raise ValueError(f"--resume takes {name} from {path}: it is {was}, and {value} was given. Leave it out.")
-    return started
+    return started, config.resume
 
 
-def write_config(config: Config, dataset: data.Dataset) -> None:
+def write_config(config: Config, run: Path, dataset: data.Dataset) -> None:
     """Write config.json; in a resumed run, see that the data is what it was."""
-    path = config.run / "config.json"
+    path = run / "config.json"
     if path.exists():
         was = json.loads(path.read_text())["dataset"]
         if was != dataset.name:
-            raise ValueError(f"{config.run} was started on {was}; what is here now is {dataset.name}.")
+            raise ValueError(f"{run} was started on {was}; what is here now is {dataset.name}.")
         return
     content = {"config": dataclasses.asdict(config), "dataset": dataset.name, "jax": jax.__version__}
-    config.run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=2, default=str) + "\n")
     scratch.replace(path)
 
 
-def train(config: Config) -> list[dict]:
-    """Train as `config` says; returns one row of numbers an epoch."""
-    assert config.run is not None
-    dataset = data.load(config.data, config.cache, report.console.print).first(config.train_images)
+def train(config: Config, run: Path) -> list[dict]:
+    """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
+    dataset = data.load(config.data, config.cache.expanduser(), report.console.print).first(config.train_images)
     train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
     mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     if config.batch % mesh.size or not 0 < config.batch <= train_count:
         raise ValueError(
             f"batch is {config.batch}; expected a multiple of the {mesh.size} devices, up to the {train_count} images."
         )
-    write_config(config, dataset)
+    write_config(config, run, dataset)
     title = f"ResNet-{config.depth} on {dataset.name}"
-    report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {config.run}")
+    report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {run}")
 
     put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
     mean, std = steps.channel_statistics(dataset.train_images)
@@ -129,7 +128,7 @@ def train(config: Config) -> list[dict]:
     key = jax.random.key(config.seed)
     params, state = model.init(key, config.depth, zero_last_scale=config.zero_last_scale)
     carry = put(steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)))
-    checkpoints = Checkpoints(config.run)
+    checkpoints = Checkpoints(run)
     carry, history = checkpoints.restore(carry)
 
     with report.Meter(config.epochs * per_epoch, len(history) * per_epoch, config.batch) as meter:
@@ -149,7 +148,7 @@ def train(config: Config) -> list[dict]:
                     totals = evaluate_step(carry, totals, test_images, start)
             history.append(row | totals.means("test"))
             checkpoints.save(carry, history)
-            report.write_metrics(config.run / "metrics.csv", history)
+            report.write_metrics(run / "metrics.csv", history)
             report.print_row(history[-1])
 
     # With decay 0 the new state is the batch's own statistics.
@@ -157,7 +156,7 @@ def train(config: Config) -> list[dict]:
     _, batch_state = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
     names = ["stem", *(f"{name}/conv2" for name, *_ in model.blocks(config.depth))]
     layers = {name: (carry.state[name], batch_state[name]) for name in names[:: len(names) // 2]}
-    report.write_curves(config.run / "curves.png", history, layers, title)
+    report.write_curves(run / "curves.png", history, layers, title)
     report.print_table(history, title)
     return history
 
@@ -174,7 +173,9 @@ class Checkpoints:
         )
 
     def save(self, carry: steps.Carry, history: list[dict]) -> None:
-        arguments = ocp.args.Composite(carry=ocp.args.StandardSave(carry), history=ocp.args.JsonSave(history))
+        arguments = ocp.args.Composite(
+            carry=ocp.args.StandardSave(carry), history=ocp.args.JsonSave({"epochs": history})
+        )
         self.manager.save(len(history), args=arguments)
 
     def restore(self, carry: steps.Carry) -> tuple[steps.Carry, list[dict]]:
@@ -185,15 +186,14 @@ class Checkpoints:
         arguments = ocp.args.Composite(carry=ocp.args.StandardRestore(carry), history=ocp.args.JsonRestore())
         restored = self.manager.restore(epoch, args=arguments)
         report.console.print(f"Going on after epoch {epoch}.")
-        return restored["carry"], restored["history"]
+        return restored["carry"], restored["history"]["epochs"]
 
 
 def main() -> None:
     run = None
     try:
-        config = parse()
-        run = config.run
-        accuracy = train(config)[-1]["test_accuracy"]
+        config, run = parse()
+        accuracy = train(config, run)[-1]["test_accuracy"]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

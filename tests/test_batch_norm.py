@@ -1,0 +1,158 @@
+"""The everyday composition equals its pieces, and fits into the loops that people write."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jbn
+
+FEATURES = 3
+PARAMS = jbn.Params(jnp.asarray([0.5, -1.0, 2.0]), jnp.asarray([0.0, 1.0, -3.0]))
+STATE = jbn.State(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.25, 1.0, 9.0]), jnp.asarray(0.5))
+MASK = np.array([True, False, True, True, False, True, True, True])
+
+
+def sample(shape=(8, FEATURES), seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape).astype(np.float32))
+
+
+def assert_same(got, expected):
+    jax.tree.map(assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": MASK, "epsilon": 1e-2}, {"feature_axis": (-1,)}], ids=["plain", "mask", "tuple"]
+)
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_training_is_normalize_batch_and_update(options, unbiased):
+    got = jbn.batch_norm(sample(), PARAMS, STATE, train=True, decay=0.7, unbiased=unbiased, **options)
+    y, measured = jbn.normalize_batch(sample(), PARAMS, **options)
+    assert_same(got, (y, jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)))
+
+
+@pytest.mark.parametrize("weights", [None, MASK], ids=["plain", "mask"])
+def test_a_run_of_steps_and_an_evaluation(weights):
+    step = jax.jit(partial(jbn.batch_norm, train=True), donate_argnums=2)
+    state, plain = jbn.init(FEATURES)[1], (np.zeros(FEATURES), np.ones(FEATURES), 0.0)
+    for seed in range(4):
+        x = sample(seed=seed)
+        y, state = step(x, PARAMS, state, weights=weights)
+        measured = reference.moments(x, weights)
+        expected = reference.normalize(x, *measured[1:], *PARAMS)
+        plain = reference.update(plain, measured)
+        rows = slice(None) if weights is None else np.flatnonzero(weights)
+        assert_allclose(y[rows], expected[rows], rtol=1e-5, atol=1e-5)
+    y, _ = jbn.batch_norm(sample(), PARAMS, state, train=False)
+    assert_allclose(y, reference.normalize(sample(), *plain[:2], *PARAMS), rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_leaves_the_state_and_ignores_the_axis_name():
+    y, state = jbn.batch_norm(sample(), PARAMS, STATE, train=False, axis_name="bound nowhere")
+    assert state is STATE
+    assert_same(y, jbn.normalize_running(sample(), PARAMS, STATE))
+
+
+def test_evaluation_blanks_masked_positions():
+    x = sample().at[1].set(jnp.nan)
+    y, _ = jbn.batch_norm(x, PARAMS, STATE, train=False, weights=MASK)
+    assert_array_equal(y[~MASK], np.zeros((2, FEATURES)))
+    assert_array_equal(y[MASK], jbn.normalize_running(x, PARAMS, STATE)[MASK])
+
+
+def test_evaluation_of_a_single_value():
+    y, _ = jbn.batch_norm(sample((1, FEATURES)), PARAMS, STATE, train=False)
+    assert_allclose(y, reference.normalize(sample((1, FEATURES)), *STATE[:2], *PARAMS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False, np.True_])
+def test_jit_with_train_static(train):
+    f = jax.jit(jbn.batch_norm, static_argnames=("train", "feature_axis", "unbiased"))
+    got = f(sample(), PARAMS, STATE, train=bool(train), decay=0.5)
+    expected = jbn.batch_norm(sample(), PARAMS, STATE, train=train, decay=0.5)
+    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_a_traced_train_is_refused_with_the_alternatives():
+    f = jax.jit(lambda train: jbn.batch_norm(sample(), PARAMS, STATE, train=train)[0])
+    with pytest.raises(TypeError, match=r"(?s)train.*bool.*amount.*normalize_batch"):
+        f(True)
+    for wrong in (1, None, "yes", jnp.asarray(True)):
+        with pytest.raises(TypeError, match="train"):
+            jbn.batch_norm(sample(), PARAMS, STATE, train=wrong)
+
+
+def test_the_alternatives_choose_at_run_time():
+    @jax.jit
+    def step(x, state, train):
+        batch, measured = jbn.normalize_batch(x, PARAMS)
+        y = jnp.where(train, batch, jbn.normalize_running(x, PARAMS, state))
+        return y, jbn.update(state, measured, amount=train)
+
+    for train in (True, False):
+        expected = jbn.batch_norm(sample(), PARAMS, STATE, train=train)
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), step(sample(), STATE, train), expected)
+    assert_same(step(sample(), STATE, False)[1], STATE)
+
+
+@pytest.mark.parametrize("params", [PARAMS, PARAMS._replace(bias=None), jbn.Params(None, None)])
+def test_values_are_plain_pytrees(params):
+    for value in (params, STATE, jbn.moments(sample())):
+        leaves, structure = jax.tree.flatten(value)
+        again = jax.tree.unflatten(structure, leaves)
+        assert type(again) is type(value)
+        assert_same(again, value)
+        assert type(jax.tree.map(lambda a: a * 2, value)) is type(value)
+        assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
+def test_scan_carries_the_state():
+    batches = sample((5, 8, FEATURES))
+    step = lambda state, x: jbn.batch_norm(x, PARAMS, state, train=True)[::-1]  # noqa: E731
+    after, ys = jax.jit(lambda state: jax.lax.scan(step, state, batches))(STATE)
+    plain = [np.float64(field) for field in STATE]
+    for x, y in zip(batches, ys, strict=True):
+        measured = reference.moments(x)
+        plain = reference.update(plain, measured)
+        assert_allclose(y, reference.normalize(x, *measured[1:], *PARAMS), rtol=1e-5, atol=1e-5)
+    jax.tree.map(partial(assert_allclose, rtol=1e-5), tuple(after), tuple(plain))
+
+
+def test_vmap_over_an_ensemble():
+    params, state = jax.tree.map(lambda a: jnp.stack([a, a + 1]), (PARAMS, STATE))
+    got = jax.vmap(partial(jbn.batch_norm, train=True), (None, 0, 0))(sample(), params, state)
+    for member in range(2):
+        one = jax.tree.map(lambda a: a[member], (params, state))  # noqa: B023
+        expected = jbn.batch_norm(sample(), *one, train=True)
+        mine = jax.tree.map(lambda a: a[member], got)  # noqa: B023
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), mine, expected)
+
+
+def test_a_bad_batch_does_not_poison_the_state():
+    bad = sample().at[2, 1].set(jnp.nan)
+    y, after = jbn.batch_norm(bad, PARAMS, STATE, train=True)
+    assert_same(after, STATE)
+    assert np.isnan(y[:, 1]).all()
+    assert np.isfinite(y[:, [0, 2]]).all()
+    _, after = jbn.batch_norm(sample(), PARAMS, after, train=True)
+    assert_same(after, jbn.batch_norm(sample(), PARAMS, STATE, train=True)[1])
+
+
+def test_init():
+    params, state = jbn.init((2, 3), bias=False, debias=False, dtype=jnp.bfloat16)
+    assert params.bias is None
+    assert (params.scale.dtype, state.mean.dtype, state.var.dtype, state.weight.dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.float32,
+        jnp.float32,
+    )
+    assert_same((params.scale, *state), (np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), 1))
+    assert jbn.init(4, scale=False)[0].scale is None
+    with jax.enable_x64(True):
+        assert jbn.init(4, dtype=jnp.float64)[1].mean.dtype == jnp.float64
+        assert jbn.init(4)[1].mean.dtype == jnp.float32

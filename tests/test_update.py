@@ -1,0 +1,246 @@
+"""The update rule against the plain formula in float64, and all that must leave a state as it was."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jbn
+
+FEATURES = 3
+OLD = jbn.State(jnp.asarray([1.0, -2.0, 3.0]), jnp.asarray([0.5, 1.5, 4.0]), jnp.asarray(0.4))
+update = jax.jit(jbn.update, static_argnames="unbiased")
+
+
+def measurements(steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(step, 1 + step, (4 + step, FEATURES)).astype(np.float32) for step in range(steps)]
+
+
+def assert_state(state, expected, rtol=1e-5):
+    # A few float32 operations a step.
+    jax.tree.map(partial(assert_allclose, rtol=rtol, atol=1e-6), tuple(state), tuple(expected))
+
+
+def dtypes(state):
+    return [field.dtype for field in state]
+
+
+def assert_same(state, old):
+    jax.tree.map(assert_array_equal, state, old)
+    assert dtypes(state) == dtypes(old)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize(("decay", "amount"), [(0.9, 1.0), (0.5, 0.3), (0.999, 1.0), (0.0, 1.0), (0.0, 0.25)])
+def test_the_formula_step_by_step(decay, amount, debias, unbiased):
+    _, state = jbn.init(FEATURES, debias=debias)
+    plain = (np.zeros(FEATURES), np.ones(FEATURES), 0.0 if debias else 1.0)
+    for x in measurements(6):
+        state = update(state, jbn.moments(x), decay=decay, amount=amount, unbiased=unbiased)
+        plain = reference.update(plain, reference.moments(x), decay, amount, unbiased)
+        # weight is 1 - 0.999^n there, a difference of nearly equal float32 numbers: 6e-8 / 1e-3.
+        assert_state(state, plain, rtol=2e-4 if decay == 0.999 else 1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])
+def test_debiased_is_the_weighted_average_at_every_step(decay):
+    """Equinox divides by 1 - m^t what had started at 1: 102.9 for 3.92 at the first step."""
+    _, state = jbn.init(FEATURES)
+    batches = measurements(8)
+    means, variances = (np.stack([reference.moments(x)[field] for x in batches]) for field in (1, 2))
+    for step, x in enumerate(batches):
+        state = update(state, jbn.moments(x), decay=decay, unbiased=False)
+        shares = decay ** np.arange(step, -1, -1.0)
+        averages = (np.average(values[: step + 1], 0, shares) for values in (means, variances))
+        assert_state(state, (*averages, 1 - decay ** (step + 1)), rtol=2e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("amount", [1.0, 0.3])
+def test_the_first_batch_replaces_the_state_to_the_last_bit(decay, amount):
+    _, state = jbn.init(FEATURES)
+    measured = jbn.moments(measurements(1)[0] * 1e-3)  # 1 + (var - 1) would round
+    for f in (update, jbn.update):
+        after = f(state, measured, decay=decay, amount=amount, unbiased=False)
+        assert_array_equal(after.mean, measured.mean)
+        assert_array_equal(after.var, measured.var)
+
+
+def test_unbiased_is_the_sample_variance():
+    _, state = jbn.init(FEATURES)
+    x = measurements(1)[0]
+    assert_allclose(update(state, jbn.moments(x)).var, np.float64(x).var(0, ddof=1), rtol=1e-6)
+    assert_allclose(update(state, jbn.moments(x), unbiased=False).var, np.float64(x).var(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1.0, 0.5])
+def test_unbiased_at_a_count_of_1_or_less_stays_finite(count):
+    measured = jbn.Moments(jnp.asarray(count), jnp.ones(FEATURES), jnp.full(FEATURES, 2.0))
+    after = update(OLD, measured)
+    expected = reference.update([np.float64(field) for field in OLD], (count, np.ones(3), np.full(3, 2.0)))
+    assert_state(after, expected)
+
+
+def test_decay_and_amount_may_be_traced():
+    x = measurements(1)[0]
+    steps = [(0.9, 1.0), (0.3, 0.5), (0.0, 0.1)]
+    got = jax.jit(jax.vmap(lambda decay, amount: jbn.update(OLD, jbn.moments(x), decay=decay, amount=amount)))(
+        *jnp.asarray(steps).T
+    )
+    for row, step in enumerate(steps):
+        expected = reference.update([np.float64(field) for field in OLD], reference.moments(x), *step)
+        assert_state(jax.tree.map(lambda a: a[row], got), expected)  # noqa: B023
+
+
+def test_a_concrete_array_may_be_decay_inside_jit():
+    decay, measured = jnp.asarray(0.5), jbn.moments(measurements(1)[0])
+    inside = jax.jit(lambda state: jbn.update(state, measured, decay=decay, amount=jnp.asarray(1.0)))(OLD)
+    assert_state(inside, jbn.update(OLD, measured, decay=0.5))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_boolean_amount_gates_the_update(traced):
+    f = jax.jit(lambda amount: jbn.update(OLD, measured, amount=amount)) if traced else partial(gate)
+    measured = jbn.moments(measurements(1)[0])
+    for true in (True, np.True_, jnp.asarray(True)):
+        assert_state(f(true), jbn.update(OLD, measured))
+    for false in (False, np.False_, jnp.asarray(False)):
+        assert_same(f(false), OLD)
+
+
+def gate(amount):
+    return jbn.update(OLD, jbn.moments(measurements(1)[0]), amount=amount)
+
+
+def test_decay_1_leaves_the_state_and_decay_0_replaces_it():
+    measured = jbn.moments(measurements(1)[0])
+    assert_same(update(OLD, measured, decay=1.0), OLD)
+    after = update(OLD, measured, decay=0.0, unbiased=False)
+    assert_same(after, jbn.State(measured.mean, measured.var, jnp.asarray(1.0)))
+
+
+def with_value(field, value):
+    """Good moments but for one value of one field."""
+    measured = jbn.moments(measurements(1)[0])
+    array = getattr(measured, field)
+    return measured._replace(**{field: jnp.asarray(value) if array.ndim == 0 else array.at[1].set(value)})
+
+
+NOTHING = {
+    "amount 0": (jbn.moments(measurements(1)[0]), {"amount": 0.0}),
+    "count 0": (jbn.moments(np.full((4, FEATURES), np.nan, np.float32), weights=np.zeros(4, bool)), {}),
+    "count 0, values left": (with_value("count", 0.0), {}),
+    "empty": (jbn.moments(np.zeros((0, FEATURES), np.float32)), {}),
+    **{
+        f"{field} {value}": (with_value(field, value), {})
+        for field in ("count", "mean", "var")
+        for value in (np.nan, np.inf, -np.inf)
+    },
+    "count negative": (with_value("count", -1.0), {}),
+    "overflow of the unbiased variance": (with_value("var", 3.3e38), {"decay": 0.0}),
+    "one bad feature": (jbn.moments(np.array([[1, np.nan, 2], [3, 4, 5]], np.float32)), {}),
+    "overflow of the variance": (jbn.moments(np.array([[1e30, 1, 2], [-1e30, 3, 1]], np.float32)), {}),
+    "overflow of the mean": (jbn.moments(np.full((4, FEATURES), 3e38, np.float32)), {}),
+}
+
+
+@pytest.mark.parametrize("state", [OLD, jbn.init(FEATURES)[1]], ids=["old", "fresh"])
+@pytest.mark.parametrize(("measured", "options"), NOTHING.values(), ids=NOTHING)
+def test_nothing_moves_bit_for_bit(measured, options, state):
+    assert_same(jbn.update(state, measured, **options), state)
+
+
+@pytest.mark.parametrize("name", ["amount", "decay"])
+def test_a_traced_nan_moves_nothing(name):
+    measured = jbn.moments(measurements(1)[0])
+    assert_same(jax.jit(lambda value: jbn.update(OLD, measured, **{name: value}))(jnp.nan), OLD)
+
+
+def test_a_state_stays_finite_whatever_is_fed_to_it():
+    rng = np.random.default_rng(5)
+    params, state = jbn.init(FEATURES)
+    step = jax.jit(lambda x, weights, state: jbn.batch_norm(x, params, state, train=True, weights=weights)[1])
+    nasty = [0.0, -0.0, 1e-45, 1e-38, 1.0, 1e19, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan]
+    for _ in range(60):
+        x = rng.choice(nasty, (6, FEATURES)) * rng.choice([1, 1, 0.5], (6, FEATURES))
+        weights = rng.choice([0, 1e-30, 1, 1e30, np.nan, np.inf, -1], 6)
+        state = step(x.astype(np.float32), weights.astype(np.float32), state)
+        assert all(np.isfinite(leaf).all() for leaf in state)
+        assert (state.var >= 0).all()
+    x = measurements(1)[0][:4]
+    fed = jbn.update(state, jbn.moments(x), decay=0.0)
+    assert_allclose(fed.mean, np.float64(x).mean(0), rtol=1e-6)
+
+
+def test_no_data_does_not_move_the_mean():
+    """Keras moves its mean from 5 to 4.5 there, Flax to NaN."""
+    state = OLD._replace(mean=jnp.full(FEATURES, 5.0))
+    _, after = jbn.batch_norm(
+        jnp.ones((4, FEATURES)), jbn.init(FEATURES)[0], state, train=True, weights=np.zeros(4, bool)
+    )
+    assert_same(after, state)
+
+
+@pytest.mark.parametrize("of_x", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("of_state", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_dtypes_of_the_state_never_change(of_state, of_x):
+    with jax.enable_x64(True):
+        params, state = jbn.init(FEATURES, dtype=of_state)
+        state = jax.tree.map(lambda a: a.astype(of_state), state)
+        x = jnp.asarray(measurements(3)[2][:4], of_x)
+
+        def step(state, x):
+            return jbn.batch_norm(x, params, state, train=True, decay=0.9)[::-1]
+
+        after, _ = jax.lax.scan(step, state, jnp.stack([x, x]))
+        assert dtypes(after) == dtypes(state)
+        assert_allclose(np.float64(after.mean), np.float64(x).mean(0), rtol=2e-2)
+
+
+def test_a_state_in_bfloat16_still_moves_at_decay_0_999():
+    """Haiku rounds the decay to 1 there, and debiasing divides 0 by 0: the statistics are NaN."""
+    _, state = jbn.init(FEATURES)
+    state = jax.tree.map(lambda a: a.astype(jnp.bfloat16), state)
+    x = measurements(1)[0]
+    after = jbn.update(state, jbn.moments(x), decay=0.999)
+    assert_allclose(np.float64(after.mean), np.float64(x).mean(0), rtol=2**-8)
+    assert after.weight > 0
+
+
+def test_decay_0_999_with_bfloat16_input_is_not_rounded():
+    params, state = jbn.init(FEATURES)
+    x = jnp.asarray(measurements(1)[0], jnp.bfloat16)
+    for _ in range(3):
+        _, state = jbn.batch_norm(x, params, state, train=True, decay=0.999)
+    assert_allclose(state.weight, 1 - 0.999**3, rtol=1e-4)
+    assert_allclose(state.mean, np.float64(x).mean(0), rtol=1e-5)
+
+
+def test_evaluation_before_any_training_is_defined():
+    """Equinox's "ema" mode evaluates uninitialized memory there."""
+    params, state = jbn.init(FEATURES)
+    assert_state(state, (np.zeros(FEATURES), np.ones(FEATURES), 0.0))
+    x = measurements(1)[0]
+    assert_allclose(jbn.normalize_running(x, params, state), x, rtol=1e-5)
+
+
+def test_replicas_merged_before_evaluation_keep_the_variance_between_them():
+    """Averaging the replicas' variances loses it: 0.87 for 2.07."""
+    rng = np.random.default_rng(6)
+    x = np.concatenate([rng.normal(mean, 1, (50, FEATURES)) for mean in (-1.5, 0, 1.5)]).astype(np.float32)
+    merged = jbn.merge(*map(jbn.moments, np.split(x, 3)))
+    _, state = jbn.init(FEATURES)
+    assert_allclose(jbn.update(state, merged).var, np.float64(x).var(0, ddof=1), rtol=1e-5)
+
+
+def test_several_feature_axes():
+    x = np.random.default_rng(7).standard_normal((4, 2, 3)).astype(np.float32)
+    _, state = jbn.init((2, 3))
+    after = jbn.update(state, jbn.moments(x, feature_axis=(1, 2)), unbiased=False)
+    assert_allclose(after.mean, np.float64(x).mean(0), rtol=1e-5, atol=1e-6)
