@@ -8,7 +8,9 @@ from), report.py (what a person sees).
 
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -99,6 +101,16 @@ def write_config(config: Config, run: Path, dataset: data.Dataset) -> None:
     scratch.replace(path)
 
 
+stop = threading.Event()
+
+
+def stop_soon(*_) -> None:
+    """On Ctrl-C: end after the step that runs now. A library that is writing a checkpoint may swallow an exception."""
+    stop.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    report.console.print("Stopping after this step; Ctrl-C again stops at once.")
+
+
 def train(config: Config, run: Path) -> list[dict]:
     """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
     dataset = data.load(config.data, config.cache.expanduser(), report.console.print).first(config.train_images)
@@ -139,6 +151,8 @@ def train(config: Config, run: Path) -> list[dict]:
             for step in range((epoch - 1) * per_epoch, epoch * per_epoch):
                 carry, totals = train_step(carry, totals, train_images, order, key)
                 meter.update(epoch, step + 1, totals)
+                if stop.is_set():
+                    raise KeyboardInterrupt
             row = {"epoch": epoch, **totals.means("train")}
             row["seconds"] = time.monotonic() - started
             row["images_per_second"] = per_epoch * config.batch / row["seconds"]
@@ -191,6 +205,7 @@ class Checkpoints:
 
 def main() -> None:
     run = None
+    signal.signal(signal.SIGINT, stop_soon)
     try:
         config, run = parse()
         accuracy = train(config, run)[-1]["test_accuracy"]
