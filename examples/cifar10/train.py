@@ -42,11 +42,11 @@ class Config:
     """Start the last scale of every block at 0, so that each block starts as its shortcut."""
     epochs: int = 5
     """Times each image is seen."""
-    batch: int = 128
+    batch: int = 64
     """Images per step, over all devices together."""
     train_images: int | None = None
     """Use only so many training images, the first ones."""
-    peak_rate: float = 0.2
+    peak_rate: float = 0.1
     """Highest learning rate of the one-cycle schedule."""
     momentum: float = 0.9
     """Nesterov momentum."""
