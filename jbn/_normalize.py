@@ -68,7 +68,8 @@ def normalize_batch(
     check_fields("params", params, Params, feature_shape(x, axes))
     check_epsilon(epsilon)
     check_more_than_one(x, axes, names)
-    y, moments = _normalize_batch(axes, names, x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype)))
+    operands = params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
+    y, moments = normalize_by_batch(axes, names, standardize, x, weights, *operands)
     return y, lax.stop_gradient(moments)
 
 
@@ -117,27 +118,28 @@ def normalize_running(
     dtype = statistics_dtype(x.dtype)
     mean, var = (lax.stop_gradient(field).astype(dtype) for field in (state.mean, state.var))
     running = Moments(state.weight, mean, var, jnp.zeros_like(mean))
-    return _affine(axes, x, weights, *_coefficients(running, params, jnp.asarray(epsilon, dtype)))
+    return _affine(axes, x, weights, *standardize(running, params, jnp.asarray(epsilon, dtype)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _normalize_batch(axes, names, x, weights, params, epsilon):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def normalize_by_batch(axes, names, coefficients, x, weights, *operands):
+    """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
     measured = measure(x, weights, axes, names)
-    return affine(x, weights, *_coefficients(measured, params, epsilon), axes), measured
+    return affine(x, weights, *coefficients(measured, *operands), axes), measured
 
 
-@partial(_normalize_batch.defjvp, symbolic_zeros=True)
-def _normalize_batch_jvp(axes, names, primals, tangents):
+@partial(normalize_by_batch.defjvp, symbolic_zeros=True)
+def _normalize_by_batch_jvp(axes, names, coefficients, primals, tangents):
     def tangent(primals, measured, tangents):
-        x, weights, *rest = primals
-        x_dot, weights_dot, *rest_dot = tangents
+        x, weights, *operands = primals
+        x_dot, weights_dot, *operands_dot = tangents
         x_dot = x_dot.astype(measured.mean.dtype)  # once, so that the gradient of a narrower x is rounded once
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names)
-        coefficients = jax.jvp(_coefficients, (measured, *rest), (measured_dot, *rest_dot))
-        return affine_tangent(x, weights, coefficients, x_dot, axes), measured_dot
+        pair = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
+        return affine_tangent(x, weights, pair, x_dot, axes), measured_dot
 
-    y, measured = _normalize_batch(axes, names, *primals)
+    y, measured = normalize_by_batch(axes, names, coefficients, *primals)
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
@@ -160,12 +162,12 @@ def affine(x, weights, mean, slope, bias, axes):
     return select(weights, ((x.astype(mean.dtype) - mean) * slope + bias).astype(x.dtype))
 
 
-def affine_tangent(x, weights, coefficients, x_dot, axes):
-    """The tangent of `affine` for a pair of coefficients and their tangents.
+def affine_tangent(x, weights, pair, x_dot, axes):
+    """The tangent of `affine` for a pair of its coefficients and their tangents.
 
     Arranged so that its transpose sums dy and dy * (x - mean) once each.
     """
-    (mean, slope, _), (mean_dot, slope_dot, bias_dot) = coefficients
+    (mean, slope, _), (mean_dot, slope_dot, bias_dot) = pair
     constant_dot = bias_dot - slope * mean_dot
     mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
     apart = select(weights, x.astype(mean.dtype) - mean)  # or a masked NaN times dy = 0 would reach slope's gradient
@@ -173,7 +175,7 @@ def affine_tangent(x, weights, coefficients, x_dot, axes):
     return select(weights, y_dot.astype(x.dtype))
 
 
-def _coefficients(measured: Moments, params: Params, epsilon):
+def standardize(measured: Moments, params: Params, epsilon):
     """Mean, slope and bias of the affine map that normalizes by `measured` and applies `params`."""
     var = measured.var + epsilon
     dead = var <= 0  # only where epsilon is 0: any finite slope gives the bias there, and finite gradients
