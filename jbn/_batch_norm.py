@@ -21,6 +21,8 @@ def batch_norm(
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     unbiased: bool = True,
+    groups: int = 1,
+    interleaved: bool = False,
 ) -> tuple[jax.Array, State]:
     """Batch normalization: by the batch's statistics in training, by the running ones in evaluation.
 
@@ -33,7 +35,7 @@ def batch_norm(
       params, state: as made by `init`, fields of shape `[*features]`.
       train: a Python bool.
       decay, unbiased: as in `update`.
-      epsilon: as in `normalize_batch`.
+      epsilon, groups, interleaved: as in `normalize_batch`. In evaluation there are no groups.
       feature_axis, weights, axis_name: as in `moments`. Where the weight is 0, the output and its gradient are 0.
 
     Returns:
@@ -58,6 +60,13 @@ def batch_norm(
         y = normalize_running(x, params, state, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
         return y, state
     y, measured = normalize_batch(
-        x, params, epsilon=epsilon, feature_axis=feature_axis, weights=weights, axis_name=axis_name
+        x,
+        params,
+        epsilon=epsilon,
+        feature_axis=feature_axis,
+        weights=weights,
+        axis_name=axis_name,
+        groups=groups,
+        interleaved=interleaved,
     )
     return y, update(state, measured, decay=decay, unbiased=unbiased)

@@ -102,6 +102,12 @@ def check_fraction(name, value) -> None:
         raise ValueError(f"{name} is {value}; expected a number in [0, 1].{hint}")
 
 
+def check_limit(name, value, least) -> None:
+    """`value` is a scalar of at least `least`, where that can be known."""
+    if jnp.ndim(value) != 0 or (not isinstance(value, Tracer) and not np.asarray(value) >= least):
+        raise ValueError(f"{name} is {value}; expected a number of at least {least}, which may be infinite.")
+
+
 def check_epsilon(epsilon) -> None:
     """`epsilon` is a scalar and not negative, where that can be known."""
     if jnp.ndim(epsilon) != 0 or (not isinstance(epsilon, Tracer) and not 0 <= np.asarray(epsilon) < math.inf):
@@ -133,11 +139,24 @@ def check_axis_name(axis_name) -> tuple[str, ...]:
     return names
 
 
-def check_more_than_one(x, axes, names) -> None:
+def check_groups(groups, x, axes) -> None:
+    """`groups` cuts axis 0, which must be reduced, into equal parts."""
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups is {groups!r}; expected an int of at least 1.")
+    if groups > 1 and 0 not in axes:
+        raise ValueError(f"groups is {groups}, and axis 0 of x {list(x.shape)} is a feature axis; it cannot be cut.")
+    if groups > 1 and x.shape[0] % groups:
+        raise ValueError(
+            f"groups is {groups} and axis 0 of x has size {x.shape[0]}; expected a divisor of {x.shape[0]}."
+        )
+
+
+def check_more_than_one(x, axes, names, groups=1) -> None:
     """Statistics of a single value would normalize it to 0 whatever it is."""
     count = math.prod(x.shape[axis] for axis in axes) * math.prod(jax.lax.axis_size(name) for name in names)
-    if count == 1:
+    if count == groups:
+        per = "per feature" if groups == 1 else f"per feature in each of {groups} groups"
         raise ValueError(
-            f"x has shape {list(x.shape)}, which is one value per feature: its variance is 0 and training on it would "
-            f"return the bias for any x. Give more values per feature, or normalize with the running statistics."
+            f"x has shape {list(x.shape)}, which is one value {per}: its variance is 0 and training on it would return "
+            f"the bias for any x. Give more values per feature, or normalize with the running statistics."
         )

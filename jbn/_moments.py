@@ -97,10 +97,10 @@ def merge(*moments: Moments) -> Moments:
     def column(field, shape):
         return jnp.stack([jnp.broadcast_to(jnp.asarray(getattr(part, field), dtype), shape) for part in moments])
 
-    return _combine(Moments(column("count", ()), *(column(field, shape) for field in Moments._fields[1:])))
+    return combine(Moments(column("count", ()), *(column(field, shape) for field in Moments._fields[1:])))
 
 
-def _combine(parts: Moments) -> Moments:
+def combine(parts: Moments) -> Moments:
     """Pool `parts`, whose fields have one more axis in front."""
     count = jnp.sum(parts.count, 0)
     column = (-1,) + (1,) * (parts.mean.ndim - 1)
@@ -174,7 +174,7 @@ def measure(x, weights, axes, names) -> Moments:
     var = _weighted_sum(weights, apart * apart, axes) / divisor - rest * rest
     measured = _as_moments(count, center, rest, jnp.maximum(var, jnp.zeros_like(var)))
     for stage in _sync.stages(names):
-        measured = _combine(_sync.gather(measured, stage))
+        measured = combine(_sync.gather(measured, stage))
     return measured
 
 

@@ -12,10 +12,12 @@ from jbn._check import (
     check_batch,
     check_epsilon,
     check_fields,
+    check_groups,
     check_more_than_one,
     feature_shape,
     statistics_dtype,
 )
+from jbn._groups import in_groups
 from jbn._moments import materialize, measure, measure_tangent, remat, select
 from jbn._types import Moments, Params, State
 
@@ -28,6 +30,8 @@ def normalize_batch(
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    groups: int = 1,
+    interleaved: bool = False,
 ) -> tuple[jax.Array, Moments]:
     """Normalize `x` by its own statistics.
 
@@ -46,13 +50,17 @@ def normalize_batch(
       params: `Params` with fields of shape `[*features]`.
       epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
       feature_axis, weights, axis_name: as in `moments`. Where the weight is 0, the output and its gradient are 0.
+      groups: cut axis 0 into so many equal groups and normalize each by its own statistics, pooled over `axis_name`
+        ("ghost" batch normalization, Hoffer, Hubara & Soudry 2017, algorithm 1). The moments are those of all groups.
+      interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
 
     Returns:
       `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which carry no gradient.
 
     Raises:
       TypeError: `x` is not floating-point, or `params` is not a `Params`.
-      ValueError: a shape does not fit, `epsilon` is negative, or there is a single value per feature in all.
+      ValueError: a shape does not fit, `epsilon` is negative, `groups` does not divide axis 0, or there is a single
+        value per feature in all, or in each group.
       NameError: `axis_name` is not bound.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1 and section 3.
@@ -67,9 +75,11 @@ def normalize_batch(
     names = check_axis_name(axis_name)
     check_fields("params", params, Params, feature_shape(x, axes))
     check_epsilon(epsilon)
-    check_more_than_one(x, axes, names)
-    operands = params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
-    y, moments = normalize_by_batch(axes, names, standardize, x, weights, *operands)
+    check_groups(groups, x, axes)
+    check_more_than_one(x, axes, names, groups)
+    operands = x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
+    rule = partial(normalize_by_batch, axes, names, standardize)
+    y, moments = rule(*operands) if groups == 1 else in_groups(rule, groups, interleaved, *operands)
     return y, lax.stop_gradient(moments)
 
 

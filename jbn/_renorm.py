@@ -1,0 +1,133 @@
+"""Batch renormalization: batch normalization with another scale and bias, drawn from the running statistics."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jbn._check import (
+    check_axis_name,
+    check_batch,
+    check_epsilon,
+    check_fields,
+    check_fraction,
+    check_limit,
+    check_more_than_one,
+    check_train,
+    feature_shape,
+    statistics_dtype,
+)
+from jbn._normalize import normalize_by_batch, normalize_running, standardize
+from jbn._types import Moments, Params, State
+from jbn._update import update
+
+
+def batch_renorm(
+    x: ArrayLike,
+    params: Params,
+    state: State,
+    *,
+    train: bool,
+    r_max: float | jax.Array = 3.0,
+    d_max: float | jax.Array = 5.0,
+    decay: float | jax.Array = 0.9,
+    epsilon: float | jax.Array = 1e-5,
+    feature_axis: int | tuple[int, ...] = -1,
+    weights: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    unbiased: bool = True,
+) -> tuple[jax.Array, State]:
+    """Batch renormalization: normalize a batch close to how evaluation will.
+
+    With s = sqrt(var + epsilon) of the batch and s_run of the running statistics, and r and d without gradient,
+
+        r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
+        y = scale * ((x - mean) / s * r + d) + bias
+
+    `r_max=1, d_max=0` is `batch_norm`, to the last bit; with both infinite y is what `normalize_running` gives, while
+    gradients flow through the batch's statistics. A state without evidence (weight 0) corrects nothing. The state moves
+    after it has been used. Evaluation is that of `batch_norm`.
+
+    Args:
+      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, unbiased: as in `batch_norm`.
+      r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
+      d_max: at least 0; may be infinite or traced.
+
+    Returns:
+      `y` with the shape and dtype of `x`, and the new `State`.
+
+    Raises:
+      TypeError, ValueError, NameError: as in `batch_norm`, and where a limit is out of range.
+
+    Source: Ioffe 2017, "Batch Renormalization", algorithm 1.
+
+    Example:
+      >>> params, state = jbn.init(1)
+      >>> state = state._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]), weight=jnp.array(1.0))
+      >>> y, state = jbn.batch_renorm(jnp.array([[1.0], [3.0]]), params, state, train=True)
+      >>> y.round(3).tolist()
+      [[0.0], [1.0]]
+    """
+    check_train(train)
+    check_fraction("decay", decay)
+    check_limit("r_max", r_max, 1)
+    check_limit("d_max", d_max, 0)
+    if not train:
+        y = normalize_running(x, params, state, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
+        return y, state
+    x, weights, axes = check_batch(x, feature_axis, weights)
+    names, shape = check_axis_name(axis_name), feature_shape(x, axes)
+    check_fields("params", params, Params, shape)
+    check_fields("state", state, State, shape)
+    check_epsilon(epsilon)
+    check_more_than_one(x, axes, names)
+    dtype = statistics_dtype(x.dtype)
+    epsilon, r_max, d_max = (jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max))
+    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), state))
+    y, measured = normalize_by_batch(axes, names, _corrected, x, weights, params, epsilon, running, r_max, d_max)
+    return y, update(state, lax.stop_gradient(measured), decay=decay, unbiased=unbiased)
+
+
+def _corrected(measured: Moments, params: Params, epsilon, running: State, r_max, d_max):
+    """The coefficients of `standardize` for params that r and d are part of."""
+    batch = lax.stop_gradient(measured)
+    spread, apart = running.var + epsilon, batch.mean - running.mean + batch.mean_low
+    usable = (running.weight > 0) & (spread > 0)  # selected rather than multiplied: what is not used may be infinite
+    spread = jnp.where(usable, spread, jnp.ones_like(spread))
+    r = jnp.clip(jnp.sqrt((batch.var + epsilon) / spread), 1 / r_max, r_max)
+    d = jnp.clip(apart / jnp.sqrt(spread), -d_max, d_max)
+    r, d = jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))
+    scale = jnp.ones_like(r) if params.scale is None else params.scale.astype(r.dtype)
+    bias = jnp.zeros_like(d) if params.bias is None else params.bias.astype(d.dtype)
+    return standardize(measured, Params(scale * r, scale * d + bias), epsilon)
+
+
+def renorm_limits(
+    step: int | jax.Array, *, start: int = 5_000, r_end: int = 40_000, d_end: int = 25_000
+) -> tuple[jax.Array, jax.Array]:
+    """The limits of batch renormalization by training step: plain batch norm first, then ever freer.
+
+        r_max: 1 up to `start`, then in a straight line to 3 at `r_end`;  d_max: 0 up to `start`, then to 5 at `d_end`
+
+    Args:
+      step: the number of the training step, may be traced.
+      start, r_end, d_end: in steps; the defaults are the paper's.
+
+    Returns:
+      `r_max` and `d_max`, float32 of shape `[]`.
+
+    Raises:
+      ValueError: a ramp ends before it starts.
+
+    Source: Ioffe 2017, "Batch Renormalization", section 4.
+
+    Example:
+      >>> r_max, d_max = jbn.renorm_limits(15_000)
+      >>> round(float(r_max), 3), float(d_max)
+      (1.571, 2.5)
+    """
+    if min(r_end, d_end) <= start:
+        raise ValueError(f"start is {start}, r_end {r_end}, d_end {d_end}; both ends must come after the start.")
+    steps = jnp.asarray(step, jnp.float32)
+    r_ramp, d_ramp = (jnp.clip((steps - start) / (end - start), 0, 1) for end in (r_end, d_end))
+    return 1 + 2 * r_ramp, 5 * d_ramp

@@ -1,0 +1,143 @@
+"""Batch renormalization against the formula in float64, and at its two ends."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jbn
+
+RANDOM = np.random.default_rng(0)
+X = jnp.asarray(2 + 1.5 * RANDOM.standard_normal((16, 4, 3)), jnp.float32)
+DY = jnp.asarray(RANDOM.standard_normal(X.shape), jnp.float32)
+PARAMS = jbn.Params(jnp.linspace(0.5, 2, 3), jnp.linspace(-1, 1, 3))
+STATE = jbn.State(jnp.array([1.0, 2.5, -4.0]), jnp.array([1.0, 9.0, 0.04]), jnp.array(0.7))
+EPSILON = 1e-5
+
+
+def reference(x, params, state, r_max, d_max, epsilon=EPSILON):
+    """y and r in float64, as the paper writes it."""
+    x = np.float64(x)
+    mean, deviation = x.mean((0, 1)), np.sqrt(x.var((0, 1)) + epsilon)
+    running = np.sqrt(np.float64(state.var) + epsilon)
+    r = np.clip(deviation / running, 1 / r_max, r_max)
+    d = np.clip((mean - np.float64(state.mean)) / running, -d_max, d_max)
+    return np.float64(params.scale) * ((x - mean) / deviation * r + d) + np.float64(params.bias), r
+
+
+def train(x, params, state, dy, **options):
+    def run(x, params):
+        return jbn.batch_renorm(x, params, state, train=True, **options)
+
+    y, backward, after = jax.vjp(run, x, params, has_aux=True)
+    return y, after, backward(dy)
+
+
+@pytest.mark.parametrize(("r_max", "d_max"), [(3.0, 5.0), (1.1, 0.2), (1.0, 0.0), (np.inf, np.inf)])
+def test_the_formula_and_its_gradient(r_max, d_max):
+    run = jax.jit(partial(train, r_max=r_max, d_max=d_max))
+    y, after, (dx, dparams) = run(X, PARAMS, STATE, DY)
+    expected, r = reference(X, PARAMS, STATE, r_max, d_max)
+    np.testing.assert_allclose(y, expected, atol=2e-5)  # float32, outputs up to 30
+    # r and d carry no gradient: dx is that of batch norm with the scale times r, dscale = sum(dy (y - bias) / scale)
+    _, backward = jax.vjp(lambda x: jbn.normalize_batch(x, PARAMS._replace(scale=PARAMS.scale * r))[0], X)
+    np.testing.assert_allclose(dx, backward(DY)[0], atol=1e-5)
+    corrected = (expected - np.float64(PARAMS.bias)) / np.float64(PARAMS.scale)
+    np.testing.assert_allclose(dparams.scale, (np.float64(DY) * corrected).sum((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(dparams.bias, np.float64(DY).sum((0, 1)), rtol=1e-4)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), after, jbn.update(STATE, jbn.moments(X)))
+
+
+@pytest.mark.parametrize("params", [PARAMS, jbn.Params(None, None)], ids=["both", "neither"])
+def test_without_room_it_is_batch_norm_bit_for_bit(params):
+    run = jax.jit(partial(train, r_max=1.0, d_max=0.0))
+    renormalized = run(X, params, STATE, DY)
+
+    @jax.jit
+    def plain(x, params, state, dy):
+        y, backward, after = jax.vjp(lambda x, p: jbn.batch_norm(x, p, state, train=True), x, params, has_aux=True)
+        return y, after, backward(dy)
+
+    jax.tree.map(np.testing.assert_array_equal, renormalized, plain(X, params, STATE, DY))
+
+
+def test_with_all_room_it_normalizes_by_the_running_statistics():
+    y, _, (dx, _) = train(X, PARAMS, STATE, DY, r_max=np.inf, d_max=np.inf)
+    np.testing.assert_allclose(y, jbn.normalize_running(X, PARAMS, STATE), atol=2e-5)
+    assert np.abs(dx.sum((0, 1))).max() < 1e-4  # yet moving the whole batch moves nothing: gradients see its statistics
+
+
+@pytest.mark.parametrize("epsilon", [EPSILON, 0.0])
+def test_without_evidence_it_is_batch_norm_and_gradients_stay_finite(epsilon):
+    dead = X.at[..., 1].set(7.0)
+    _, fresh = jbn.init(3)
+    zero = STATE._replace(var=jnp.zeros(3))
+    for state in (fresh, fresh._replace(var=jnp.zeros(3)), zero):
+        y, after, gradients = train(dead, PARAMS, state, DY, epsilon=epsilon)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((y, after, gradients)))
+    y, _, _ = train(dead, PARAMS, fresh, DY, epsilon=epsilon)
+    np.testing.assert_array_equal(y, jbn.normalize_batch(dead, PARAMS, epsilon=epsilon)[0])
+
+
+def test_limits_may_be_traced_and_follow_the_paper():
+    @jax.jit
+    def run(step):
+        r_max, d_max = jbn.renorm_limits(step)
+        return r_max, d_max, jbn.batch_renorm(X, PARAMS, STATE, train=True, r_max=r_max, d_max=d_max)[0]
+
+    for step, r_max, d_max in [(0, 1, 0), (5_000, 1, 0), (25_000, 1 + 2 * 20 / 35, 5), (40_000, 3, 5), (10**6, 3, 5)]:
+        found = run(step)
+        np.testing.assert_allclose(found[:2], (r_max, d_max), rtol=1e-6)
+        np.testing.assert_allclose(found[2], reference(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
+
+
+def test_masked_and_synchronized_it_is_that_of_the_valid_rows():
+    mask = jnp.asarray(RANDOM.uniform(size=(16, 4)) < 0.6).at[:2].set(False)  # the first of 8 devices has nothing
+    x = jnp.where(mask[..., None], X, jnp.nan)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    sharded, everywhere = PartitionSpec("i"), PartitionSpec()
+
+    def run(x, mask, dy):
+        return train(x, PARAMS, STATE, dy, weights=mask, axis_name="i")
+
+    split = jax.shard_map(run, mesh=mesh, in_specs=sharded, out_specs=(sharded, everywhere, (sharded, everywhere)))
+    y, after, gradients = jax.jit(split)(x, mask, DY)
+    one = train(x, PARAMS, STATE, DY, weights=mask)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (y, after, gradients), one)
+    valid = np.asarray(X)[np.asarray(mask)].reshape(1, -1, 3)
+    expected, _ = reference(valid, PARAMS, STATE, 3.0, 5.0)
+    np.testing.assert_allclose(np.asarray(y)[np.asarray(mask)], expected[0], atol=2e-5)
+    assert not np.asarray(y)[~np.asarray(mask)].any()
+
+
+def test_second_derivatives_take_r_and_d_as_constants():
+    def loss(x):
+        return jnp.sum(jnp.sin(jbn.batch_renorm(x, PARAMS, STATE, train=True)[0]))
+
+    x = X[:4, 0]
+    mean, deviation = x.mean(0), jnp.sqrt(x.var(0) + EPSILON)
+    running = jnp.sqrt(STATE.var + EPSILON)
+    r, d = jnp.clip(deviation / running, 1 / 3, 3), jnp.clip((mean - STATE.mean) / running, -5, 5)
+
+    def plain(x):
+        normalized = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + EPSILON)
+        corrected = normalized * r[None] + d[None]
+        return jnp.sum(jnp.sin(PARAMS.scale[None] * corrected + PARAMS.bias[None]))
+
+    # second derivatives in float32 reach 20
+    np.testing.assert_allclose(jax.jit(jax.hessian(loss))(x), jax.jit(jax.hessian(plain))(x), atol=2e-3)
+
+
+def test_evaluation_and_refusals():
+    y, same = jbn.batch_renorm(X, PARAMS, STATE, train=False)
+    np.testing.assert_array_equal(y, jbn.normalize_running(X, PARAMS, STATE))
+    assert same is STATE
+    with pytest.raises(ValueError, match=r"r_max is 0.5; expected a number of at least 1"):
+        jbn.batch_renorm(X, PARAMS, STATE, train=True, r_max=0.5)
+    with pytest.raises(ValueError, match=r"d_max is -1; expected a number of at least 0"):
+        jbn.batch_renorm(X, PARAMS, STATE, train=True, d_max=-1)
+    with pytest.raises(ValueError, match=r"start is 10, r_end 10, d_end 25000; both ends must come after the start"):
+        jbn.renorm_limits(0, start=10, r_end=10)
