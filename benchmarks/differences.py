@@ -6,6 +6,7 @@ python benchmarks/differences.py
 import importlib.util
 import os
 import platform
+from functools import partial
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -27,10 +28,10 @@ def with_jbn(x):
     return y, state.var
 
 
-def with_flax(x):
+def with_flax(x, fast=True):
     from flax import linen as nn
 
-    layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.0, use_fast_variance=fast)
     variables = layer.init(jax.random.key(0), x)
     y, variables = layer.apply(variables, x, mutable=["batch_stats"])
     return y, variables["batch_stats"]["var"]
@@ -50,7 +51,7 @@ def with_keras(x):
 
     layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=EPSILON)
     y = layer(x, training=True)
-    return y, layer.get_weights()[3]
+    return y, layer.non_trainable_variables[1].value
 
 
 def with_torch(x):
@@ -61,7 +62,14 @@ def with_torch(x):
     return y, layer.state_dict()["running_var"].numpy() * (len(x) - 1) / len(x)
 
 
-IMPLEMENTATIONS = {"jbn": with_jbn, "flax": with_flax, "haiku": with_haiku, "keras": with_keras, "torch": with_torch}
+IMPLEMENTATIONS = {
+    "jbn": with_jbn,
+    "flax": with_flax,
+    "flax, two-pass": partial(with_flax, fast=False),
+    "haiku": with_haiku,
+    "keras": with_keras,
+    "torch": with_torch,
+}
 
 
 def accuracy(names) -> Table:
@@ -137,9 +145,8 @@ def masks() -> Table:
 
 
 def main() -> None:
-    modules = {"jbn": "jbn", "flax": "flax", "haiku": "haiku", "keras": "keras", "torch": "torch"}
-    names = [name for name, module in modules.items() if importlib.util.find_spec(module)]
-    for name in modules.keys() - set(names):
+    names = [name for name in IMPLEMENTATIONS if importlib.util.find_spec(name.split(",")[0])]
+    for name in IMPLEMENTATIONS.keys() - set(names):
         console.print(f"{name} is not installed and left out")
     console.print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}"

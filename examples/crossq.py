@@ -11,8 +11,7 @@ DISCOUNT, NOISE, WIDTHS, BATCH = 0.9, 0.3, (2, 64, 64, 1), 256
 
 def exact(s, a):
     """Value of action `a` in state `s` [...]: reward -s^2, then 0.9 s + a and noise, and action -0.5 s ever after."""
-    future = ((0.9 * s + a) ** 2 + NOISE**2 / (1 - DISCOUNT)) / (1 - DISCOUNT * 0.4**2)
-    return -(s**2) - DISCOUNT * future
+    return -(s**2) - DISCOUNT * ((0.9 * s + a) ** 2 + NOISE**2 / (1 - DISCOUNT)) / (1 - DISCOUNT * 0.4**2)
 
 
 def init(key):
@@ -56,5 +55,6 @@ def train(key):
 
 if __name__ == "__main__":
     s, a = (grid.ravel() for grid in jnp.meshgrid(jnp.linspace(-1.5, 1.5, 21), jnp.linspace(-1, 1, 21)))
-    error = critic(*train(jax.random.key(0)), s, a, 0, train=False)[0] - exact(s, a)
+    params, states = train(jax.random.key(0))
+    error = critic(params, states, s, a, 0, train=False)[0] - exact(s, a)
     print(f"explained variance {1 - jnp.var(error) / jnp.var(exact(s, a)):.4f}, bias {jnp.mean(error):.3f}")

@@ -1,16 +1,25 @@
 """Batch normalization for JAX as pure functions."""
 
-from jbn._batch_norm import batch_norm as batch_norm
-from jbn._moments import merge as merge
-from jbn._moments import moments as moments
-from jbn._normalize import normalize_batch as normalize_batch
-from jbn._normalize import normalize_running as normalize_running
-from jbn._renorm import batch_renorm as batch_renorm
-from jbn._renorm import renorm_limits as renorm_limits
-from jbn._types import Moments as Moments
-from jbn._types import Params as Params
-from jbn._types import State as State
-from jbn._types import init as init
-from jbn._update import update as update
+from jbn._batch_norm import batch_norm
+from jbn._moments import merge, moments
+from jbn._normalize import normalize_batch, normalize_running
+from jbn._renorm import batch_renorm, renorm_limits
+from jbn._types import Moments, Params, State, init
+from jbn._update import update
+
+__all__ = [
+    "Moments",
+    "Params",
+    "State",
+    "batch_norm",
+    "batch_renorm",
+    "init",
+    "merge",
+    "moments",
+    "normalize_batch",
+    "normalize_running",
+    "renorm_limits",
+    "update",
+]
 
 __version__ = "0.1.0"

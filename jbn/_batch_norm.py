@@ -31,18 +31,26 @@ def batch_norm(
     separate choices, call those functions.
 
     Args:
-      x: [...], float16, bfloat16, float32 or float64.
+      x: [...], float16, bfloat16, float32 or float64; statistics are float32 (float64 for float64 `x`).
       params, state: as made by `init`, fields of shape `[*features]`.
-      train: a Python bool.
-      decay, unbiased: as in `update`.
-      epsilon, groups, interleaved: as in `normalize_batch`. In evaluation there are no groups.
-      feature_axis, weights, axis_name: as in `moments`. Where the weight is 0, the output and its gradient are 0.
+      train: a Python bool, known when the program is compiled.
+      decay: weight of the old running value, in [0, 1]; may be traced. One minus PyTorch's momentum.
+      epsilon: added to the variance; may be traced.
+      feature_axis: the axis or axes that keep their own statistics; all others are reduced.
+      weights: sample weights or a boolean mask, of the shape of `x` without the feature axes; see `moments`. Where the
+        weight is 0, `x` is never read, and the output and its gradient are 0.
+      axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool statistics over. `None` under plain `jit`.
+      unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Flax.
+      groups: in training, cut axis 0 into so many virtual batches with statistics of their own; see `normalize_batch`.
+      interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
 
     Returns:
       `y` with the shape and dtype of `x`, and the new `State`.
 
     Raises:
-      TypeError, ValueError, NameError: as in the functions above, and where `train` is traced.
+      TypeError: `train` is traced, `x` is not floating-point, or `params` or `state` is something else.
+      ValueError: a shape does not fit, a number is out of range, or training on a single value per feature.
+      NameError: in training, `axis_name` is not bound.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
 

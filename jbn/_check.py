@@ -30,6 +30,8 @@ def check_features(features) -> tuple[int, ...]:
 
 def check_batch(x, feature_axis, weights) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
     """`x` and `weights` as arrays of equal rank, and the axes to reduce."""
+    if isinstance(x, tuple):
+        raise TypeError(f"x is a {type(x).__name__}; expected an array. jbn.batch_norm returns the pair (y, state).")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}{list(x.shape)}; batch normalization needs floating-point input: cast x first.")
@@ -71,7 +73,7 @@ def _check_weights(weights, x, axes) -> jax.Array:
 def check_fields(name, value, kind, shape=None) -> None:
     """`value` is a `kind` (`Params`, `State` or `Moments`) whose fields have `shape`; without one, that of its mean."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}.")
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}. Is the order right?")
     shape = jnp.shape(value.mean) if shape is None else shape
     for field, given in value._asdict().items():
         if given is None and kind.__name__ == "Params":
@@ -118,9 +120,9 @@ def check_train(train) -> None:
     """`train` is a Python bool."""
     if not isinstance(train, bool | np.bool_):
         raise TypeError(
-            f"train is {train!r}; expected a Python bool, which is known when the program is compiled. To choose at "
-            f"run time, gate the update with jbn.update(..., amount=...), and choose between jbn.normalize_batch and "
-            f"jbn.normalize_running with lax.cond or jnp.where."
+            f"train is {train!r}; expected a Python bool, which is known when the program is compiled: name it in "
+            f"jit's static_argnames. To choose at run time, gate the update with jbn.update(..., amount=...), and "
+            f"choose between jbn.normalize_batch and jbn.normalize_running with lax.cond or jnp.where."
         )
 
 

@@ -135,7 +135,8 @@ def normalize_running(
 def normalize_by_batch(axes, names, coefficients, x, weights, *operands):
     """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
     measured = measure(x, weights, axes, names)
-    return affine(x, weights, *coefficients(measured, *operands), axes), measured
+    mean, slope, bias = coefficients(measured, *operands)
+    return affine(x, weights, mean, slope, bias, axes), measured
 
 
 @partial(normalize_by_batch.defjvp, symbolic_zeros=True)

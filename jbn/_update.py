@@ -32,7 +32,8 @@ def update(
       decay: weight of the old value, in [0, 1]; may be traced. The `momentum` of Flax and Keras; one minus PyTorch's.
       amount: how much of a step to take, in [0, 1]; may be traced or boolean, and so gates the update at run time.
       unbiased: feed var * count / max(count - 1, 1) into the running variance (the 2015 paper, PyTorch) rather than var
-        (Flax, Haiku, Keras).
+        (Flax, Haiku, Keras). Weights count as numbers of samples here: with weights of another scale, such as
+        probabilities, pass `False`.
 
     Returns:
       The new `State`, in the shapes and dtypes of the old one. It carries no gradient.

@@ -212,3 +212,12 @@ def test_policy_is_keyword_only():
         (jbn.init, (3, True)),
     ):
         refused(TypeError, "positional argument", f, *args)
+
+
+def test_a_forgotten_unpacking_is_named():
+    params, state = jbn.init(3)
+    result = jbn.batch_norm(jnp.ones((4, 3)), params, state, train=True)
+    with pytest.raises(TypeError, match=r"x is a tuple; expected an array. jbn.batch_norm returns the pair"):
+        jbn.batch_norm(result, params, state, train=True)
+    with pytest.raises(TypeError, match=r"params is a State; expected a jbn.Params. Is the order right\?"):
+        jbn.batch_norm(jnp.ones((4, 3)), state, params, train=True)

@@ -21,7 +21,7 @@ def init(key: jax.Array, depth: int = 20, *, classes: int = 10, zero_last_scale:
     def unit(name, size, inputs, outputs, scale=1.0):
         kernel = jax.nn.initializers.he_normal()(next(keys), (size, size, inputs, outputs))
         norm, state[name] = jbn.init(outputs)
-        params[name] = {"kernel": kernel, "norm": norm._replace(scale=jnp.full(outputs, scale))}
+        params[name] = {"kernel": kernel, "norm": norm._replace(scale=jnp.full(outputs, scale, jnp.float32))}
 
     unit("stem", 3, 3, WIDTHS[0])
     for name, inputs, outputs, _ in blocks(depth):

@@ -35,7 +35,7 @@ class Config:
     run: Path | None = None
     """Folder for config.json, metrics.csv, curves.png and checkpoints. Without it: runs/ and the time."""
     resume: Path | None = None
-    """Go on with the run in this folder from its last whole checkpoint. Everything else is taken from there."""
+    """Go on with the run in this folder from its last whole checkpoint. All else, epochs too, is as it was."""
     depth: model.Depth = 20
     """Layers of the network."""
     zero_last_scale: bool = False
@@ -111,16 +111,22 @@ def stop_soon(*_) -> None:
     report.console.print("Stopping after this step; Ctrl-C again stops at once.")
 
 
-def train(config: Config, run: Path) -> list[dict]:
-    """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
+def prepare(config: Config, run: Path) -> tuple[data.Dataset, jax.sharding.Mesh]:
+    """The data, and the devices to share each batch among; all that can be wrong with a config is found here."""
     dataset = data.load(config.data, config.cache.expanduser(), report.console.print).first(config.train_images)
-    train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
+    train_count = len(dataset.train_labels)
     mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     if config.batch % mesh.size or not 0 < config.batch <= train_count:
         raise ValueError(
             f"batch is {config.batch}; expected a multiple of the {mesh.size} devices, up to the {train_count} images."
         )
     write_config(config, run, dataset)
+    return dataset, mesh
+
+
+def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.Mesh) -> list[dict]:
+    """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
+    train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
     title = f"ResNet-{config.depth} on {dataset.name}"
     report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {run}")
 
@@ -149,10 +155,10 @@ def train(config: Config, run: Path) -> list[dict]:
             order = put(jax.random.permutation(jax.random.fold_in(key, epoch), train_count))
             totals = put(steps.Totals.zero())
             for step in range((epoch - 1) * per_epoch, epoch * per_epoch):
-                carry, totals = train_step(carry, totals, train_images, order, key)
-                meter.update(epoch, step + 1, totals)
                 if stop.is_set():
                     raise KeyboardInterrupt
+                carry, totals = train_step(carry, totals, train_images, order, key)
+                meter.update(epoch, step + 1, totals)
             row = {"epoch": epoch, **totals.means("train")}
             row["seconds"] = time.monotonic() - started
             row["images_per_second"] = per_epoch * config.batch / row["seconds"]
@@ -204,15 +210,16 @@ class Checkpoints:
 
 
 def main() -> None:
-    run = None
     signal.signal(signal.SIGINT, stop_soon)
     try:
         config, run = parse()
-        accuracy = train(config, run)[-1]["test_accuracy"]
+        dataset, mesh = prepare(config, run)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    try:
+        accuracy = train(config, run, dataset, mesh)[-1]["test_accuracy"]
     except KeyboardInterrupt:
-        saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()] if run else []
+        saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
         last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"
         report.console.print(f"Stopped. {last}; go on with --resume {run}")
         sys.exit(130)
