@@ -35,7 +35,7 @@ class Config:
     data: Path | None = None
     """Folder with CIFAR-10 in the official binary layout; without it the embedded set."""
     depth: int = 8
-    epochs: int = 4
+    epochs: int = 8
     seeds: int = 3
     batch: int = 64
     train_images: int = 4096

@@ -12,6 +12,7 @@ from rich.table import Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 console = Console(highlight=False, soft_wrap=True)
 COLUMNS = {  # of metrics.csv and of the table, with the format of the latter
@@ -109,7 +110,7 @@ def write_curves(path: Path, history: list[dict], layers: dict, title: str) -> N
         for part in ("train", "test"):
             values = [np.nan if row[f"{part}_{name}"] is None else row[f"{part}_{name}"] for row in history]
             axis.plot(epochs, values, marker="o", label=part)
-        axis.set(xlabel="epoch", ylabel=name, xticks=epochs)
+        axis.set(xlabel="epoch", ylabel=name, xticks=epochs, yscale="log" if name == "loss" else "linear")
         axis.grid(alpha=0.3)
         axis.legend()
     for axis, field in zip(axes[1], ("mean", "var"), strict=True):
@@ -120,6 +121,8 @@ def write_curves(path: Path, history: list[dict], layers: dict, title: str) -> N
         axis.set(xlabel=f"{field} of one training batch", ylabel=f"running {field}")
         if field == "var":
             axis.set(xscale="log", yscale="log")
+            for scale in (axis.xaxis, axis.yaxis):
+                scale.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
         axis.legend(title="one dot a feature")
     figure.savefig(path, dpi=110)

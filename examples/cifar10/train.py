@@ -173,9 +173,10 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
 
     # With decay 0 the new state is the batch's own statistics.
     sample = (train_images.pixels[:512] - mean) / std
-    _, batch_state = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
-    names = ["stem", *(f"{name}/conv2" for name, *_ in model.blocks(config.depth))]
-    layers = {name: (carry.state[name], batch_state[name]) for name in names[:: len(names) // 2]}
+    sample = jax.vmap(steps.augment)(jax.random.split(key, len(sample)), sample).astype(config.dtype)
+    _, alone = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
+    names = [f"{name}/conv2" for name, *_ in model.blocks(config.depth)]
+    layers = {name: (carry.state[name], alone[name]) for name in ("stem", names[len(names) // 2], names[-1])}
     report.write_curves(run / "curves.png", history, layers, title)
     report.print_table(history, title)
     return history
