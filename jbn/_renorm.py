@@ -44,7 +44,7 @@ def batch_renorm(
         r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
         y = scale * ((x - mean) / s * r + d) + bias
 
-    `r_max=1, d_max=0` is `batch_norm`, to the last bit; with both infinite y is what `normalize_running` gives, while
+    `r_max=1, d_max=0` is `batch_norm`; with both infinite y is what `normalize_running` gives, while
     gradients flow through the batch's statistics. A state without evidence (weight 0) corrects nothing. The state moves
     after it has been used. Evaluation is that of `batch_norm`.
 

@@ -53,15 +53,15 @@ def test_the_formula_and_its_gradient(r_max, d_max):
 
 @pytest.mark.parametrize("params", [PARAMS, jbn.Params(None, None)], ids=["both", "neither"])
 def test_without_room_it_is_batch_norm_bit_for_bit(params):
-    run = jax.jit(partial(train, r_max=1.0, d_max=0.0))
-    renormalized = run(X, params, STATE, DY)
-
-    @jax.jit
     def plain(x, params, state, dy):
         y, backward, after = jax.vjp(lambda x, p: jbn.batch_norm(x, p, state, train=True), x, params, has_aux=True)
         return y, after, backward(dy)
 
-    jax.tree.map(np.testing.assert_array_equal, renormalized, plain(X, params, STATE, DY))
+    run = partial(train, r_max=1.0, d_max=0.0)
+    jax.tree.map(np.testing.assert_array_equal, run(X, params, STATE, DY), plain(X, params, STATE, DY))
+    compiled = jax.jit(run)(X, params, STATE, DY), jax.jit(plain)(X, params, STATE, DY)
+    # two programs, in which a multiply-add may be rounded once or twice
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *compiled)
 
 
 def test_with_all_room_it_normalizes_by_the_running_statistics():
