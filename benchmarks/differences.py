@@ -105,8 +105,11 @@ def memory(names) -> Table:
     return table
 
 
-def masks() -> Table:
-    """Four devices with 8, 1, 2 and 5 valid rows; then a NaN in a masked row; then a batch that is masked whole."""
+def states() -> Table:
+    """Masks: four devices with 8, 1, 2 and 5 valid rows, a NaN in a masked row, a batch that is masked whole.
+
+    Then running statistics, with the defaults of each: after a batch with a NaN, and after a first batch of variance 4.
+    """
     from flax import linen as nn
 
     random = np.random.default_rng(0)
@@ -134,13 +137,22 @@ def masks() -> Table:
         return int(jnp.sum(jnp.isnan(jax.grad(loss)(poisoned)[:7])))
 
     exact = np.asarray(x, np.float64)[np.asarray(mask)]
-    table = Table("masked input", "exact", "jbn", "flax", title="masks")
+    table = Table("", "exact", "jbn", "flax", title="masks and running statistics")
     results = [jax.vmap(lambda x, m, f=f: f(x, m, "i"), axis_name="i")(x, mask) for f in (ours, peer)]
     table.add_row("mean over 4 devices", f"{exact.mean():.3f}", *(f"{float(r[1][0, 0]):.3f}" for r in results))
     table.add_row("variance over 4 devices", f"{exact.var():.3f}", *(f"{float(r[2][0, 0]):.3f}" for r in results))
     table.add_row("NaN gradients of 7 valid rows", "0", str(gradient(ours)), str(gradient(peer)))
     nothing = [float(f(x[0], jnp.zeros(8, bool))[1][0]) for f in (ours, peer)]
     table.add_row("running mean after an all-masked batch", "0", *(f"{value:g}" for value in nothing))
+    all_valid = jnp.ones(8, bool)
+    with_nan = [float(f(x[0].at[0].set(jnp.nan), all_valid)[1][0]) for f in (ours, peer)]
+    table.add_row("running mean after a batch with a NaN", "0", *(f"{value:g}" for value in with_nan))
+    first = 2 * jnp.tile(jnp.array([[-1.0], [1.0]]), (512, 1))
+    _, state = jbn.batch_norm(first, params, state, train=True)
+    layer = nn.BatchNorm(use_running_average=False)
+    _, updated = layer.apply(layer.init(jax.random.key(0), first), first, mutable=["batch_stats"])
+    found = float(state.var[0]), float(jax.tree.leaves(updated)[1][0])
+    table.add_row("running variance after a first batch of variance 4", "4", *(f"{value:.3f}" for value in found))
     return table
 
 
@@ -154,7 +166,7 @@ def main() -> None:
     console.print(accuracy(names))
     console.print(memory([name for name in names if name != "torch"]))
     if "flax" in names:
-        console.print(masks())
+        console.print(states())
 
 
 if __name__ == "__main__":
