@@ -113,10 +113,13 @@ def stop_soon(*_) -> None:
 
 def prepare(config: Config, run: Path) -> tuple[data.Dataset, jax.sharding.Mesh]:
     """The data, and the devices to share each batch among; all that can be wrong with a config is found here."""
+    for name in ("epochs", "batch", "evaluate_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
     dataset = data.load(config.data, config.cache.expanduser(), report.console.print).first(config.train_images)
     train_count = len(dataset.train_labels)
     mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    if config.batch % mesh.size or not 0 < config.batch <= train_count:
+    if config.batch % mesh.size or config.batch > train_count:
         raise ValueError(
             f"batch is {config.batch}; expected a multiple of the {mesh.size} devices, up to the {train_count} images."
         )

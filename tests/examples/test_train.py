@@ -111,6 +111,7 @@ def test_killed_while_writing_and_interrupted_it_ends_as_if_nothing_had_been(sta
         (["--resume", "NOWHERE"], "config.json is missing"),
         (["--run", "RUN"], "holds a run already"),
         (["--data", "NOWHERE", "--run", "NEW"], "data_batch_1.bin is missing"),
+        (["--epochs", "0", "--run", "NEW"], "epochs is 0; expected at least 1"),
     ],
 )
 def test_refusals_say_what_to_do(environment, undisturbed, tmp_path, arguments, message):
