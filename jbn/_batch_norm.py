@@ -3,7 +3,7 @@
 import jax
 from jax.typing import ArrayLike
 
-from jbn._check import check_fraction, check_train
+from jbn._check import check_fields, check_fraction, check_train
 from jbn._normalize import normalize_batch, normalize_running
 from jbn._types import Params, State
 from jbn._update import update
@@ -77,4 +77,5 @@ def batch_norm(
         groups=groups,
         interleaved=interleaved,
     )
+    check_fields("state", state, State, measured.mean.shape)
     return y, update(state, measured, decay=decay, unbiased=unbiased)

@@ -221,3 +221,10 @@ def test_a_forgotten_unpacking_is_named():
         jbn.batch_norm(result, params, state, train=True)
     with pytest.raises(TypeError, match=r"params is a State; expected a jbn.Params. Is the order right\?"):
         jbn.batch_norm(jnp.ones((4, 3)), state, params, train=True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_state_of_another_size_is_named(train):
+    (params, _), (_, state) = jbn.init(3), jbn.init(5)
+    with pytest.raises(ValueError, match=r"state.mean has shape \[5\]; expected \[3\]"):
+        jbn.batch_norm(jnp.ones((4, 3)), params, state, train=train)
