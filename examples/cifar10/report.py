@@ -52,6 +52,8 @@ class Meter:
 
     def update(self, epoch: int, step: int, totals) -> None:
         """Show where the run stands, now and then: reading `totals` waits for the device."""
+        if step % 4 == 0:  # or Python runs ahead of the device by dozens of steps, shows them late and stops late
+            totals.count.block_until_ready()
         now = time.monotonic()
         if self.started is None:  # the first step is mostly compilation
             float(totals.loss)

@@ -105,10 +105,10 @@ stop = threading.Event()
 
 
 def stop_soon(*_) -> None:
-    """On Ctrl-C: end after the step that runs now. A library that is writing a checkpoint may swallow an exception."""
+    """On Ctrl-C: end after the steps that run now. A library that is writing a checkpoint may swallow an exception."""
     stop.set()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    report.console.print("Stopping after this step; Ctrl-C again stops at once.")
+    report.console.print("Stopping after the steps that run now; Ctrl-C again stops at once.")
 
 
 def prepare(config: Config, run: Path) -> tuple[data.Dataset, jax.sharding.Mesh]:
