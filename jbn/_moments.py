@@ -6,11 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jbn import _sync
-from jbn._check import check_axis_name, check_batch, check_fields, statistics_dtype
+from jbn._check import check_axis_name, check_batch, check_fields, feature_shape, statistics_dtype
 from jbn._types import Moments
 
 
@@ -27,8 +28,9 @@ def moments(
 
         count = sum(w),  mean = sum(w x) / count,  var = sum(w (x - mean)^2) / count
 
-    Two passes with a correction for the rounding of the first: in float32 with mean/std up to 1e5 the variance is
-    within 1e-4 of the exact one (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. 1.7).
+    In float32 with mean/std up to 1e5 the variance is within 1e-4 of the exact one. One pass sums x and x^2; where a
+    mean is so far from 0 that their difference would lose digits, a second pass goes about the mean, with a correction
+    for its rounding (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eqs. 1.5 and 1.7).
 
     Args:
       x: [...], float16, bfloat16, float32 or float64.
@@ -163,19 +165,63 @@ def materialize(primals, tangents) -> tuple:
 def measure(x, weights, axes, names) -> Moments:
     """The moments of `x` [...] over `axes` and the named axes `names`."""
     dtype = statistics_dtype(x.dtype)
-    values = select(weights, x.astype(dtype))
     count = jnp.asarray(_repeats(x, weights, axes), dtype)
     if weights is not None:
         count *= jnp.sum(weights.astype(dtype))
-    divisor = _nonzero(count)
-    center = _fixed(_weighted_sum(weights, values, axes) / divisor, 3)
-    apart = select(weights, values - jnp.expand_dims(center, axes))
-    rest = _weighted_sum(weights, apart, axes) / divisor
-    var = _weighted_sum(weights, apart * apart, axes) / divisor - rest * rest
-    measured = _as_moments(count, center, rest, jnp.maximum(var, jnp.zeros_like(var)))
-    for stage in _sync.stages(names):
-        measured = combine(_sync.gather(measured, stage))
-    return measured
+
+    def about(center, count, x, weights):
+        # Cast in here: a branch that is handed the wider array would have it written to memory.
+        apart = select(weights, x.astype(dtype) - jnp.expand_dims(center, axes))
+        return _about(center, count, _weighted_sum(weights, apart, axes), _weighted_sum(weights, apart * apart, axes))
+
+    def again(measured, x, weights):
+        return about(_fixed(measured.mean, 3), measured.count, x, weights)
+
+    @custom_vmap
+    def settle(measured, x, weights):
+        return lax.cond(_cancelled(measured), again, lambda measured, *_: measured, measured, x, weights)
+
+    @settle.def_vmap
+    def _(_, mapped, *operands):
+        # A condition of each lane's own would take both branches; this one is right for all.
+        settled = jax.vmap(again, jax.tree.map(lambda axis: 0 if axis else None, tuple(mapped)))(*operands)
+        return settled, jax.tree.map(lambda _: True, settled)
+
+    measured = settle(about(jnp.zeros(feature_shape(x, axes), dtype), count, x, weights), x, weights)
+    return _pool(measured, names) if names else measured
+
+
+def _pool(part: Moments, names) -> Moments:
+    """The moments of all devices along `names`, where `part` is one device's share.
+
+    One sum about 0; where that loses digits, one more about the mean. A loop, so that all see the same number of sums.
+    """
+
+    def unfinished(carry):
+        rounds, measured = carry
+        return (rounds == 0) | (rounds == 1) & _cancelled(measured)
+
+    def about(carry):
+        rounds, measured = carry
+        center = _fixed(measured.mean, 3)
+        apart = part.mean - center + part.mean_low
+        sums = part.count, part.count * apart, part.count * (part.var + apart * apart)
+        return rounds + 1, _about(center, *_sync.total(sums, names))
+
+    nothing = jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), part)
+    return lax.while_loop(unfinished, about, (0, nothing))[1]
+
+
+def _about(center, count, first, second) -> Moments:
+    """`Moments` from the sums of (x - center) and (x - center)^2."""
+    rest = first / _nonzero(count)
+    var = second / _nonzero(count) - rest * rest
+    return _as_moments(count, center, rest, jnp.maximum(var, jnp.zeros_like(var)))
+
+
+def _cancelled(measured: Moments):
+    """Whether a variance from sums about 0 may have lost digits: a mean of 4 standard deviations costs 4 bits."""
+    return ~jnp.all((measured.mean * measured.mean <= 16 * measured.var) & jnp.isfinite(measured.var))
 
 
 def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names) -> Moments:

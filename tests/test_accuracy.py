@@ -36,7 +36,7 @@ def assert_accurate(y, measured, x, mask=None):
     count, mean, var = reference.moments(x, mask)
     assert_allclose(measured.count, count)
     assert_allclose(measured.var, var, rtol=RTOL)
-    assert_allclose(np.float64(measured.mean), mean, rtol=1.2e-7)  # an ulp of float32
+    assert_allclose(np.float64(measured.mean), mean, rtol=2.4e-7)  # an ulp, after one bit is cut
     if y is not None:
         wanted = reference.normalize(x, mean, var, [1, 1], [0, 0])
         wanted = wanted if mask is None else np.where(mask[:, None], wanted, 0)

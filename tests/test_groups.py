@@ -42,11 +42,11 @@ def test_each_group_is_a_batch_of_its_own(interleaved, mask):
         weights = mask if mask is None or len(mask) == 1 else mask[cut]
         alone = partial(jbn.normalize_batch, weights=weights)
         y_alone, _, (dx_alone, dparams_alone) = step(alone, group, PARAMS, DY[cut])
-        # float32, sums of the same numbers in another program
-        np.testing.assert_allclose(y[cut], y_alone, atol=2e-6)
-        np.testing.assert_allclose(dx[cut], dx_alone, atol=2e-6)
+        # float32; alone, one pass is enough up to a mean of 4 standard deviations, which costs 4 bits
+        np.testing.assert_allclose(y[cut], y_alone, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(dx[cut], dx_alone, rtol=1e-5, atol=1e-5)
         total = jax.tree.map(jnp.add, total, dparams_alone)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), dparams, total)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), dparams, total)
     whole = np.float64(X)[np.broadcast_to(True if mask is None else mask, X.shape[:2])]
     np.testing.assert_allclose(moments.count, len(whole))
     np.testing.assert_allclose(moments.mean, whole.mean(0), rtol=1e-6)
@@ -67,7 +67,7 @@ def test_the_running_statistics_are_those_of_the_whole_batch():
     _, state = jbn.init(5)
     _, grouped = jbn.batch_norm(X, PARAMS, state, train=True, groups=GROUPS)
     _, whole = jbn.batch_norm(X, PARAMS, state, train=True)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), grouped, whole)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=5e-6), grouped, whole)
     y, same = jbn.batch_norm(X[:5], PARAMS, state, train=False, groups=GROUPS)  # evaluation has no groups
     assert same is state and y.shape == X[:5].shape
 
@@ -78,8 +78,8 @@ def test_pooled_over_an_axis_group_by_group():
     for group in (slice(0, 3), slice(3, 6)):
         rows = X.reshape(4, 6, 3, 5)[:, group]
         expected, _ = jbn.normalize_batch(rows, PARAMS)
-        np.testing.assert_allclose(y[:, group], expected, atol=2e-6)
-    np.testing.assert_allclose(moments.var[0], np.float64(X).var((0, 1)), rtol=1e-6)
+        np.testing.assert_allclose(y[:, group], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments.var[0], np.float64(X).var((0, 1)), rtol=5e-6)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
