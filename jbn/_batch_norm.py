@@ -1,5 +1,7 @@
 """The everyday composition: normalize, and in training move the running statistics."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.typing import ArrayLike
 
@@ -20,6 +22,7 @@ def batch_norm(
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = True,
     groups: int = 1,
     interleaved: bool = False,
@@ -40,6 +43,7 @@ def batch_norm(
       weights: sample weights or a boolean mask, of the shape of `x` without the feature axes; see `moments`. Where the
         weight is 0, `x` is never read, and the output and its gradient are 0.
       axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool statistics over. `None` under plain `jit`.
+      axis_index_groups: pool only within these subgroups of `axis_name`; see `moments`.
       unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Flax.
       groups: in training, cut axis 0 into so many virtual batches with statistics of their own; see `normalize_batch`.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
@@ -51,6 +55,7 @@ def batch_norm(
       TypeError: `train` is traced, `x` is not floating-point, or `params` or `state` is something else.
       ValueError: a shape does not fit, a number is out of range, or training on a single value per feature.
       NameError: in training, `axis_name` is not bound.
+      NotImplementedError: in training, JAX has no `axis_index_groups` here.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
 
@@ -74,6 +79,7 @@ def batch_norm(
         feature_axis=feature_axis,
         weights=weights,
         axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
         groups=groups,
         interleaved=interleaved,
     )

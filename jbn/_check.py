@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jbn._sync import Pool
+
 
 def statistics_dtype(*dtypes) -> jnp.dtype:
     """float64 where one of `dtypes` is, else float32."""
@@ -126,8 +128,8 @@ def check_train(train) -> None:
         )
 
 
-def check_axis_name(axis_name) -> tuple[str, ...]:
-    """The names as a tuple, each bound here."""
+def check_pool(axis_name, axis_index_groups=None) -> Pool:
+    """The axes to pool over, each bound here."""
     names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
     for name in names:
         try:
@@ -138,7 +140,28 @@ def check_axis_name(axis_name) -> tuple[str, ...]:
                 f"that axis_name, or inside a shard_map over a mesh with an axis of that name; under plain jit "
                 f"statistics are global already and axis_name stays None."
             ) from None
-    return names
+    return Pool(names, None if axis_index_groups is None else _check_index_groups(axis_index_groups, names))
+
+
+def _check_index_groups(given, names) -> tuple[tuple[int, ...], ...]:
+    subgroups = tuple(tuple(operator.index(index) for index in subgroup) for subgroup in given)
+    if len(names) != 1:
+        raise ValueError(f"axis_index_groups needs one axis_name to cut, and was given {names!r}.")
+    size = jax.lax.axis_size(names[0])
+    if len({len(subgroup) for subgroup in subgroups}) != 1 or sorted(sum(subgroups, ())) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups is {given!r} and the axis {names[0]!r} has size {size}; expected lists of equal length "
+            f"that hold every index from 0 to {size - 1} once."
+        )
+    try:
+        jax.lax.psum(jax.lax.axis_index(names[0]), names, axis_index_groups=subgroups)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"JAX knows axis_index_groups in pmap and in shard_map with check_vma=False, not here. Instead cut the "
+            f"axis {names[0]!r} in two, as a mesh of {len(subgroups)} x {len(subgroups[0])} devices or a vmap of a "
+            f"vmap, and give the name of the inner one as axis_name."
+        ) from None
+    return subgroups
 
 
 def check_groups(groups, x, axes) -> None:
@@ -153,9 +176,9 @@ def check_groups(groups, x, axes) -> None:
         )
 
 
-def check_more_than_one(x, axes, names, groups=1) -> None:
+def check_more_than_one(x, axes, pool, groups=1) -> None:
     """Statistics of a single value would normalize it to 0 whatever it is."""
-    count = math.prod(x.shape[axis] for axis in axes) * math.prod(jax.lax.axis_size(name) for name in names)
+    count = math.prod(x.shape[axis] for axis in axes) * pool.size()
     if count == groups:
         per = "per feature" if groups == 1 else f"per feature in each of {groups} groups"
         raise ValueError(

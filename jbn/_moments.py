@@ -1,6 +1,7 @@
 """Measure the moments of a batch, and merge moments that were measured apart."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jbn import _sync
-from jbn._check import check_axis_name, check_batch, check_fields, feature_shape, statistics_dtype
+from jbn._check import check_batch, check_fields, check_pool, feature_shape, statistics_dtype
 from jbn._types import Moments
 
 
@@ -21,6 +22,7 @@ def moments(
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
     """Measure count, mean and population variance of every feature of a batch.
 
@@ -41,6 +43,8 @@ def moments(
         counts as 0.
       axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool over. Under plain `jit` on sharded arrays
         leave it out: statistics are global there.
+      axis_index_groups: lists of indices along `axis_name`, such as `[[0, 1], [2, 3]]`: each is pooled apart from the
+        others. In `pmap`, and in `shard_map` with `check_vma=False`; elsewhere pool over one of two axes instead.
 
     Returns:
       `Moments` in float32 (float64 for float64 `x`), fields of shape `[*features]` in the order of the axes of `x`,
@@ -48,8 +52,9 @@ def moments(
 
     Raises:
       TypeError: `x` is not floating-point.
-      ValueError: `feature_axis` or the shape of `weights` does not fit `x`.
+      ValueError: `feature_axis`, the shape of `weights` or `axis_index_groups` does not fit.
       NameError: `axis_name` is not bound.
+      NotImplementedError: JAX has no `axis_index_groups` here.
 
     Example:
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [jnp.nan, jnp.nan]])
@@ -58,7 +63,7 @@ def moments(
       (2.0, [2.0, 20.0], [1.0, 100.0])
     """
     x, weights, axes = check_batch(x, feature_axis, weights)
-    return _moments(axes, check_axis_name(axis_name), x, weights)
+    return _moments(axes, check_pool(axis_name, axis_index_groups), x, weights)
 
 
 def merge(*moments: Moments) -> Moments:
@@ -136,14 +141,14 @@ def _fixed(value, bits):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _moments(axes, names, x, weights) -> Moments:
-    return measure(x, weights, axes, names)
+def _moments(axes, pool, x, weights) -> Moments:
+    return measure(x, weights, axes, pool)
 
 
 @partial(_moments.defjvp, symbolic_zeros=True)
-def _moments_jvp(axes, names, primals, tangents):
-    measured = _moments(axes, names, *primals)
-    tangent = remat(partial(measure_tangent, axes=axes, names=names))
+def _moments_jvp(axes, pool, primals, tangents):
+    measured = _moments(axes, pool, *primals)
+    tangent = remat(partial(measure_tangent, axes=axes, pool=pool))
     return measured, tangent(*primals, measured, *materialize(primals, tangents))
 
 
@@ -162,8 +167,8 @@ def materialize(primals, tangents) -> tuple:
     return x_dot, None if isinstance(weights_dot, SymbolicZero) else weights_dot, *rest_dot
 
 
-def measure(x, weights, axes, names) -> Moments:
-    """The moments of `x` [...] over `axes` and the named axes `names`."""
+def measure(x, weights, axes, pool) -> Moments:
+    """The moments of `x` [...] over `axes` and the devices of the pool."""
     dtype = statistics_dtype(x.dtype)
     count = jnp.asarray(_repeats(x, weights, axes), dtype)
     if weights is not None:
@@ -188,25 +193,26 @@ def measure(x, weights, axes, names) -> Moments:
         return settled, jax.tree.map(lambda _: True, settled)
 
     measured = settle(about(jnp.zeros(feature_shape(x, axes), dtype), count, x, weights), x, weights)
-    return _pool(measured, names) if names else measured
+    return _across(measured, pool) if pool.names else measured
 
 
-def _pool(part: Moments, names) -> Moments:
-    """The moments of all devices along `names`, where `part` is one device's share.
+def _across(part: Moments, pool) -> Moments:
+    """The moments of all devices of the pool, where `part` is one device's share.
 
-    One sum about 0; where that loses digits, one more about the mean. A loop, so that all see the same number of sums.
+    One sum about 0; where that loses digits, one more about the mean. Subgroups always take both: where one went round
+    again and another did not, some hardware would wait for ever.
     """
 
     def unfinished(carry):
         rounds, measured = carry
-        return (rounds == 0) | (rounds == 1) & _cancelled(measured)
+        return rounds < 2 if pool.subgroups else (rounds == 0) | (rounds == 1) & _cancelled(measured)
 
     def about(carry):
         rounds, measured = carry
         center = _fixed(measured.mean, 3)
         apart = part.mean - center + part.mean_low
         sums = part.count, part.count * apart, part.count * (part.var + apart * apart)
-        return rounds + 1, _about(center, *_sync.total(sums, names))
+        return rounds + 1, _about(center, *_sync.total(sums, pool))
 
     nothing = jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), part)
     return lax.while_loop(unfinished, about, (0, nothing))[1]
@@ -224,7 +230,7 @@ def _cancelled(measured: Moments):
     return ~jnp.all((measured.mean * measured.mean <= 16 * measured.var) & jnp.isfinite(measured.var))
 
 
-def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names) -> Moments:
+def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool) -> Moments:
     """The tangent of `measure`, linear in `x_dot` and `weights_dot`, where `None` for the latter stands for zero."""
     dtype = statistics_dtype(x.dtype)
     apart = x.astype(dtype) - jnp.expand_dims(measured.mean, axes) - jnp.expand_dims(measured.mean_low, axes)
@@ -237,7 +243,7 @@ def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names) -> Mo
         zeroth += _repeats(x, weights, axes) * jnp.sum(weights_dot)
         first += jnp.sum(weights_dot * apart, axes)
         second += jnp.sum(weights_dot * apart * apart, axes)
-    zeroth, first, second = _sync.total((zeroth, first, second), names)
+    zeroth, first, second = _sync.total((zeroth, first, second), pool)
     divisor = _nonzero(measured.count)
     mean, var = first / divisor, (second - measured.var * zeroth) / divisor
     return Moments(zeroth, mean, var, jnp.zeros_like(measured.mean_low))

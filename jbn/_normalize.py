@@ -1,5 +1,6 @@
 """Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -8,12 +9,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._check import (
-    check_axis_name,
     check_batch,
     check_epsilon,
     check_fields,
     check_groups,
     check_more_than_one,
+    check_pool,
     feature_shape,
     statistics_dtype,
 )
@@ -30,6 +31,7 @@ def normalize_batch(
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int = 1,
     interleaved: bool = False,
 ) -> tuple[jax.Array, Moments]:
@@ -49,7 +51,8 @@ def normalize_batch(
       x: [...], float16, bfloat16, float32 or float64; reduced in float32 or wider.
       params: `Params` with fields of shape `[*features]`.
       epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
-      feature_axis, weights, axis_name: as in `moments`. Where the weight is 0, the output and its gradient are 0.
+      feature_axis, weights, axis_name, axis_index_groups: as in `moments`. Where the weight is 0, the output and its
+        gradient are 0.
       groups: cut axis 0 into so many equal groups and normalize each by its own statistics, pooled over `axis_name`
         ("ghost" batch normalization, Hoffer, Hubara & Soudry 2017, algorithm 1). The moments are those of all groups.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
@@ -61,7 +64,7 @@ def normalize_batch(
       TypeError: `x` is not floating-point, or `params` is not a `Params`.
       ValueError: a shape does not fit, `epsilon` is negative, `groups` does not divide axis 0, or there is a single
         value per feature in all, or in each group.
-      NameError: `axis_name` is not bound.
+      NameError, NotImplementedError: as in `moments`.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1 and section 3.
 
@@ -72,13 +75,13 @@ def normalize_batch(
       ([[-1.0], [1.0]], [2.0], [1.0])
     """
     x, weights, axes = check_batch(x, feature_axis, weights)
-    names = check_axis_name(axis_name)
+    pool = check_pool(axis_name, axis_index_groups)
     check_fields("params", params, Params, feature_shape(x, axes))
     check_epsilon(epsilon)
     check_groups(groups, x, axes)
-    check_more_than_one(x, axes, names, groups)
+    check_more_than_one(x, axes, pool, groups)
     operands = x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
-    rule = partial(normalize_by_batch, axes, names, standardize)
+    rule = partial(normalize_by_batch, axes, pool, standardize)
     y, moments = rule(*operands) if groups == 1 else in_groups(rule, groups, interleaved, *operands)
     return y, lax.stop_gradient(moments)
 
@@ -132,25 +135,25 @@ def normalize_running(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def normalize_by_batch(axes, names, coefficients, x, weights, *operands):
+def normalize_by_batch(axes, pool, coefficients, x, weights, *operands):
     """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
-    measured = measure(x, weights, axes, names)
+    measured = measure(x, weights, axes, pool)
     mean, slope, bias = coefficients(measured, *operands)
     return affine(x, weights, mean, slope, bias, axes), measured
 
 
 @partial(normalize_by_batch.defjvp, symbolic_zeros=True)
-def _normalize_by_batch_jvp(axes, names, coefficients, primals, tangents):
+def _normalize_by_batch_jvp(axes, pool, coefficients, primals, tangents):
     def tangent(primals, measured, tangents):
         x, weights, *operands = primals
         x_dot, weights_dot, *operands_dot = tangents
         x_dot = x_dot.astype(measured.mean.dtype)  # once, so that the gradient of a narrower x is rounded once
         # The statistics bring their own tangents: second derivatives are wrong without them.
-        measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, names)
+        measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
         pair = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
         return affine_tangent(x, weights, pair, x_dot, axes), measured_dot
 
-    y, measured = normalize_by_batch(axes, names, coefficients, *primals)
+    y, measured = normalize_by_batch(axes, pool, coefficients, *primals)
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 

@@ -1,18 +1,20 @@
 """Batch renormalization: batch normalization with another scale and bias, drawn from the running statistics."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._check import (
-    check_axis_name,
     check_batch,
     check_epsilon,
     check_fields,
     check_fraction,
     check_limit,
     check_more_than_one,
+    check_pool,
     check_train,
     feature_shape,
     statistics_dtype,
@@ -35,6 +37,7 @@ def batch_renorm(
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = True,
 ) -> tuple[jax.Array, State]:
     """Batch renormalization: normalize a batch close to how evaluation will.
@@ -49,7 +52,8 @@ def batch_renorm(
     after it has been used. Evaluation is that of `batch_norm`.
 
     Args:
-      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, unbiased: as in `batch_norm`.
+      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased: as in
+        `batch_norm`.
       r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
       d_max: at least 0; may be infinite or traced.
 
@@ -57,7 +61,7 @@ def batch_renorm(
       `y` with the shape and dtype of `x`, and the new `State`.
 
     Raises:
-      TypeError, ValueError, NameError: as in `batch_norm`, and where a limit is out of range.
+      TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`, and where a limit is out of range.
 
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1.
 
@@ -76,15 +80,15 @@ def batch_renorm(
         y = normalize_running(x, params, state, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
         return y, state
     x, weights, axes = check_batch(x, feature_axis, weights)
-    names, shape = check_axis_name(axis_name), feature_shape(x, axes)
+    pool, shape = check_pool(axis_name, axis_index_groups), feature_shape(x, axes)
     check_fields("params", params, Params, shape)
     check_fields("state", state, State, shape)
     check_epsilon(epsilon)
-    check_more_than_one(x, axes, names)
+    check_more_than_one(x, axes, pool)
     dtype = statistics_dtype(x.dtype)
     epsilon, r_max, d_max = (jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max))
     running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), state))
-    y, measured = normalize_by_batch(axes, names, _corrected, x, weights, params, epsilon, running, r_max, d_max)
+    y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, params, epsilon, running, r_max, d_max)
     return y, update(state, lax.stop_gradient(measured), decay=decay, unbiased=unbiased)
 
 
