@@ -56,39 +56,46 @@ NETWORKS = {
 
 
 def prepare(name, dataset, config, *, depth, batch, seed):
-    """Compiled steps, their starting carry, and the training images."""
+    """Compiled steps, what they start from, and the mesh."""
     apply, convert = NETWORKS[name]
     mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     total = config.epochs * (len(dataset.train_labels) // batch)
     optimizer = steps.make_optimizer(0.1, total, momentum=0.9, weight_decay=5e-4)
+    mean, std = steps.channel_statistics(dataset.train_images)
     train, evaluate = steps.make_steps(
-        partial(apply, depth=depth), optimizer, mesh, batch=batch, smoothing=0.1, dtype=jnp.dtype("float32")
+        partial(apply, depth=depth),
+        optimizer,
+        mesh,
+        batch=batch,
+        mean=mean,
+        std=std,
+        smoothing=0.1,
+        dtype=jnp.dtype("float32"),
     )
     params, state = convert(*model.init(jax.random.key(seed), depth))
     carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-    mean, std = steps.channel_statistics(dataset.train_images)
     put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
-    train_images = steps.Images(dataset.train_images, dataset.train_labels, mean, std)
-    test_images = steps.Images(dataset.test_images, dataset.test_labels, mean, std)
-    return train, evaluate, *map(put, (carry, train_images, test_images)), put
+    return train, evaluate, put((carry, steps.Totals.zero(), jax.random.key(seed))), mesh
 
 
 def accuracy(name, dataset, config, seed) -> float:
     """Test accuracy after `config.epochs`."""
-    train, evaluate, carry, train_images, test_images, put = prepare(
+    train, evaluate, (carry, totals, key), mesh = prepare(
         name, dataset, config, depth=config.depth, batch=config.batch, seed=seed
     )
-    key = jax.random.key(seed)
-    totals = put(steps.Totals.zero())
     count = len(dataset.train_labels)
     for epoch in range(config.epochs):
-        order = put(jax.random.permutation(jax.random.fold_in(key, epoch), count))
-        for _ in range(count // config.batch):
-            carry, totals = train(carry, totals, train_images, order, key)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), count))
+        for rows in order[: count // config.batch * config.batch].reshape(-1, config.batch):
+            batch = steps.place(dataset.train_images, dataset.train_labels, rows, mesh)
+            carry, totals = train(carry, totals, batch, key)
             float(totals.loss)
-    totals = put(steps.Totals.zero())
-    for start in range(0, len(dataset.test_labels), config.batch):
-        totals = evaluate(carry, totals, test_images, start)
+    totals = jax.tree.map(jnp.zeros_like, totals)
+    count = len(dataset.test_labels)
+    for start in range(0, count, config.batch):
+        rows = np.minimum(start + np.arange(config.batch), count - 1)
+        batch = steps.place(dataset.test_images, dataset.test_labels, rows, mesh)
+        totals = evaluate(carry, totals, batch, count - start)
     return totals.means("test")["test_accuracy"]
 
 
@@ -96,17 +103,16 @@ def speed(dataset, config) -> dict[str, list[float]]:
     """Images per second of every block of training steps, for each network in turn."""
     prepared, rates = {}, {name: [] for name in NETWORKS}
     for name in NETWORKS:
-        train, _, carry, images, _, put = prepare(
+        train, _, start, mesh = prepare(
             name, dataset, config, depth=config.speed_depth, batch=config.speed_batch, seed=0
         )
-        order = put(jnp.arange(len(dataset.train_labels)))
-        prepared[name] = [train, carry, put(steps.Totals.zero()), images, order]
-    key = jax.random.key(0)
+        rows = np.arange(config.speed_batch)
+        prepared[name] = [train, *start, steps.place(dataset.train_images, dataset.train_labels, rows, mesh)]
     for index in range(config.blocks + 1):
-        for name, (train, carry, totals, images, order) in prepared.items():
+        for name, (train, carry, totals, key, batch) in prepared.items():
             started = time.perf_counter()
             for _ in range(config.block):
-                carry, totals = train(carry, totals, images, order, key)
+                carry, totals = train(carry, totals, batch, key)
             float(totals.loss)
             prepared[name][1:3] = carry, totals
             if index:  # the first block compiles

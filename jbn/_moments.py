@@ -207,15 +207,18 @@ def _across(part: Moments, pool) -> Moments:
         rounds, measured = carry
         return rounds < 2 if pool.subgroups else (rounds == 0) | (rounds == 1) & _cancelled(measured)
 
-    def about(carry):
-        rounds, measured = carry
-        center = _fixed(measured.mean, 3)
+    def about(center):
         apart = part.mean - center + part.mean_low
         sums = part.count, part.count * apart, part.count * (part.var + apart * apart)
-        return rounds + 1, _about(center, *_sync.total(sums, pool))
+        return _about(center, *_sync.total(sums, pool))
 
-    nothing = jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), part)
-    return lax.while_loop(unfinished, about, (0, nothing))[1]
+    def again(carry):
+        rounds, measured = carry
+        return rounds + 1, about(_fixed(measured.mean, 3))
+
+    # Never computed: zeros that vary over the same mesh axes as the result, which check_vma wants of a loop's start.
+    nothing = jax.tree.map(jnp.zeros_like, about(jnp.zeros(part.mean.shape, part.mean.dtype)))
+    return lax.while_loop(unfinished, again, (0, nothing))[1]
 
 
 def _about(center, count, first, second) -> Moments:

@@ -63,7 +63,10 @@ def read(folder: Path) -> Dataset:
     inner = folder / FOLDER
     folder = inner if inner.is_dir() else folder
     images, labels = zip(*(_read_file(folder / name) for name in (*TRAIN_FILES, TEST_FILE)), strict=True)
-    name = f"CIFAR-10 (test images {hashlib.md5(images[-1]).hexdigest()[:8]})"
+    content = hashlib.md5()
+    for part in (*images, *labels):
+        content.update(part)
+    name = f"CIFAR-10 (MD5 of all {content.hexdigest()[:8]})"
     return Dataset(name, np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
 
 

@@ -42,13 +42,24 @@ class Totals(NamedTuple):
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
 
 
-class Images(NamedTuple):
-    """A data set on the device, with the mean and standard deviation of its training images."""
+class Batch(NamedTuple):
+    """Images of one step, shared among the devices of a mesh."""
 
-    pixels: jax.Array | np.ndarray  # [count, 32, 32, 3], uint8
-    labels: jax.Array | np.ndarray  # [count], int32
-    mean: jax.Array | np.ndarray  # [3], in [0, 255]
-    std: jax.Array | np.ndarray  # [3], in [0, 255]
+    pixels: jax.Array  # [batch, 32, 32, 3], uint8
+    labels: jax.Array  # [batch], int32
+
+
+def place(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
+    """The images of `rows` [batch] on the devices of `mesh`; each process reads those of its own devices."""
+    sharding = jax.NamedSharding(mesh, SHARDED)
+
+    def share(values):
+        def of_device(index) -> np.ndarray:
+            return values[rows[index[0]]]
+
+        return jax.make_array_from_callback((len(rows), *values.shape[1:]), sharding, of_device)
+
+    return Batch(share(pixels), share(labels))
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -86,30 +97,27 @@ def make_steps(
     mesh: jax.sharding.Mesh,
     *,
     batch: int,
+    mean: np.ndarray,
+    std: np.ndarray,
     smoothing: float,
     dtype: jnp.dtype,
 ) -> tuple[Callable, Callable]:
     """The two compiled steps, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
 
-    train(carry, totals, images, order, key) takes the next batch of `order` [at least batch], a permutation of the
-    images, and gives back carry and totals; evaluate(carry, totals, images, start) adds the images from `start` on.
-    `carry` and `totals` are donated in training, `totals` in evaluation.
+    train(carry, totals, batch, key) gives back carry and totals; evaluate(carry, totals, batch, count) adds the first
+    `count` images of the batch. `mean` and `std` [3] are those of the pixels. `carry` and `totals` are donated in
+    training, `totals` in evaluation.
     """
     share = batch // mesh.size
 
     def positions():
         return lax.axis_index(AXIS) * share + jnp.arange(share)
 
-    def batch_of(images, index):
-        return (images.pixels[index] - images.mean) / images.std, images.labels[index]
-
-    def train(carry, totals, images, order, key):
+    def train(carry, totals, images, key):
         # Every image has a key of its own, so the batch is the same however many devices share it.
-        place = positions()
-        first = carry.step % (order.size // batch) * batch
-        inputs, labels = batch_of(images, order[first + place])
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(place)
-        inputs = jax.vmap(augment)(keys, inputs).astype(dtype)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(positions())
+        inputs = jax.vmap(augment)(keys, (images.pixels - mean) / std).astype(dtype)
+        labels = images.labels
 
         def loss(params):
             logits, state = apply(params, carry.state, inputs, train=True, axis_name=AXIS)
@@ -122,20 +130,20 @@ def make_steps(
         carry = Carry(optax.apply_updates(carry.params, updates), state, optimizer_state, carry.step + 1)
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
-    def evaluate(carry, totals, images, start):
-        index = start + positions()
-        valid = index < images.labels.size  # the last batch may reach beyond the end
-        inputs, labels = batch_of(images, jnp.minimum(index, images.labels.size - 1))
-        logits, _ = apply(carry.params, carry.state, inputs.astype(dtype), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, labels, valid)
+    def evaluate(carry, totals, images, count):
+        valid = positions() < count
+        inputs = ((images.pixels - mean) / std).astype(dtype)
+        logits, _ = apply(carry.params, carry.state, inputs, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
+        return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, images.labels, valid)
 
     def add(totals, loss, logits, labels, valid):
         correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels))
         return jax.tree.map(jnp.add, totals, lax.psum(Totals(loss, correct, jnp.sum(valid)), AXIS))
 
     def compile_on_mesh(step, donated):
-        everywhere = jax.shard_map(step, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED)
+        specs = (REPLICATED, REPLICATED, SHARDED, REPLICATED)
+        everywhere = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
         return jax.jit(everywhere, donate_argnums=donated)
 
     return compile_on_mesh(train, (0, 1)), compile_on_mesh(evaluate, (1,))

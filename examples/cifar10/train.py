@@ -3,7 +3,7 @@
     python examples/cifar10/train.py --help
 
 The files beside this one: model.py (the network), steps.py (the compiled steps), data.py and shapes.py (what it learns
-from), report.py (what a person sees).
+from), report.py (what a person sees), cluster.py (several processes).
 """
 
 import dataclasses
@@ -12,14 +12,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import cluster
 import data
 import jax
 import jax.numpy as jnp
 import model
+import numpy as np
 import orbax.checkpoint as ocp
 import report
 import steps
@@ -62,14 +65,14 @@ class Config:
     """Epochs between evaluations; the last epoch is always evaluated."""
     require_accuracy: float = 0.0
     """End with an error if the test accuracy stays below this, in [0, 1]."""
+    launch: tyro.conf.OmitArgPrefixes[cluster.Cluster] = dataclasses.field(default_factory=cluster.Cluster)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
+def resolve(cli: Callable[..., Config], started_at: str) -> tuple[Config, Path]:
     """The config that the command line asks for, for a resumed run the one it was started with; and the run folder."""
-    cli = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = cli()
     if config.resume is None:
-        run = config.run or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+        run = config.run or Path("runs") / started_at
         if (run / "config.json").exists():
             raise ValueError(f"{run} holds a run already; go on with it by --resume {run}, or name another --run.")
         return config, run
@@ -78,23 +81,23 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, Path]:
         raise FileNotFoundError(f"{path} is missing: {config.resume} is not the folder of a run.")
     saved = json.loads(path.read_text())["config"] | {"run": config.resume, "resume": config.resume}
     paths = {name: Path(saved[name]) for name in ("data", "cache") if saved[name] is not None}
-    started = Config(**{**saved, **paths})
-    for name, value in dataclasses.asdict(cli(default=started)).items():
-        was = getattr(started, name)
+    started = Config(**{**saved, **paths}, launch=config.launch)
+    given = cli(default=started)
+    for name in saved:
+        value, was = getattr(given, name), getattr(started, name)
         if value != was:
             raise ValueError(f"--resume takes {name} from {path}: it is {was}, and {value} was given. Leave it out.")
     return started, config.resume
 
 
 def write_config(config: Config, run: Path, dataset: data.Dataset) -> None:
-    """Write config.json; in a resumed run, see that the data is what it was."""
+    """Write config.json where there is none."""
     path = run / "config.json"
     if path.exists():
-        was = json.loads(path.read_text())["dataset"]
-        if was != dataset.name:
-            raise ValueError(f"{run} was started on {was}; what is here now is {dataset.name}.")
         return
-    content = {"config": dataclasses.asdict(config), "dataset": dataset.name, "jax": jax.__version__}
+    settings = dataclasses.asdict(config)
+    del settings["launch"]  # any number of processes may go on with a run
+    content = {"config": settings, "dataset": dataset.name, "jax": jax.__version__}
     run.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=2, default=str) + "\n")
@@ -111,8 +114,19 @@ def stop_soon(*_) -> None:
     report.console.print("Stopping after the steps that run now; Ctrl-C again stops at once.")
 
 
-def prepare(config: Config, run: Path) -> tuple[data.Dataset, jax.sharding.Mesh]:
-    """The data, and the devices to share each batch among; all that can be wrong with a config is found here."""
+class Prepared(NamedTuple):
+    config: Config
+    run: Path
+    dataset: data.Dataset
+    mesh: jax.sharding.Mesh  # the devices of all processes
+
+
+def prepare(cli: Callable[..., Config], started_at: str) -> tuple[Prepared, dict]:
+    """All that training starts from, and of it what has to be the same in every process.
+
+    Whatever can be wrong with a config is found here.
+    """
+    config, run = resolve(cli, started_at)
     for name in ("epochs", "batch", "evaluate_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
@@ -123,64 +137,90 @@ def prepare(config: Config, run: Path) -> tuple[data.Dataset, jax.sharding.Mesh]
         raise ValueError(
             f"batch is {config.batch}; expected a multiple of the {mesh.size} devices, up to the {train_count} images."
         )
-    write_config(config, run, dataset)
-    return dataset, mesh
+    if (run / "config.json").exists():
+        was = json.loads((run / "config.json").read_text())["dataset"]
+        if was != dataset.name:
+            raise ValueError(f"{run} was started on {was}; what is here now is {dataset.name}.")
+    settings = dataclasses.asdict(config)
+    for name in ("data", "cache", "launch"):  # the data counts, not where it lies
+        del settings[name]
+    facts = {**settings, "run": run, "data": dataset.name, "jax": jax.__version__}
+    return Prepared(config, run, dataset, mesh), facts
 
 
 def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.Mesh) -> list[dict]:
     """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
     train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
+    first_process = jax.process_index() == 0
     title = f"ResNet-{config.depth} on {dataset.name}"
     report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {run}")
 
-    put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
     mean, std = steps.channel_statistics(dataset.train_images)
-    train_images = put(steps.Images(dataset.train_images, dataset.train_labels, mean, std))
-    test_images = put(steps.Images(dataset.test_images, dataset.test_labels, mean, std))
-
     per_epoch = train_count // config.batch
     optimizer = steps.make_optimizer(
         config.peak_rate, config.epochs * per_epoch, momentum=config.momentum, weight_decay=config.weight_decay
     )
     apply = partial(model.apply, depth=config.depth)
     train_step, evaluate_step = steps.make_steps(
-        apply, optimizer, mesh, batch=config.batch, smoothing=config.smoothing, dtype=jnp.dtype(config.dtype)
+        apply,
+        optimizer,
+        mesh,
+        batch=config.batch,
+        mean=mean,
+        std=std,
+        smoothing=config.smoothing,
+        dtype=jnp.dtype(config.dtype),
     )
+
+    # Made by a compiled program, a value is on all devices of all processes.
+    everywhere = partial(jax.jit, out_shardings=jax.NamedSharding(mesh, steps.REPLICATED))
+    zero = everywhere(steps.Totals.zero)
+
+    @everywhere
+    def start(key):
+        params, state = model.init(key, config.depth, zero_last_scale=config.zero_last_scale)
+        return steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)), key
+
     key = jax.random.key(config.seed)
-    params, state = model.init(key, config.depth, zero_last_scale=config.zero_last_scale)
-    carry = put(steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)))
+    carry, shared_key = start(key)
     checkpoints = Checkpoints(run)
     carry, history = checkpoints.restore(carry)
 
     with report.Meter(config.epochs * per_epoch, len(history) * per_epoch, config.batch) as meter:
         for epoch in range(len(history) + 1, config.epochs + 1):
             started = time.monotonic()
-            order = put(jax.random.permutation(jax.random.fold_in(key, epoch), train_count))
-            totals = put(steps.Totals.zero())
-            for step in range((epoch - 1) * per_epoch, epoch * per_epoch):
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), train_count))
+            totals = zero()
+            for step in range(per_epoch):
                 if stop.is_set():
                     raise KeyboardInterrupt
-                carry, totals = train_step(carry, totals, train_images, order, key)
-                meter.update(epoch, step + 1, totals)
+                rows = order[step * config.batch : (step + 1) * config.batch]
+                batch = steps.place(dataset.train_images, dataset.train_labels, rows, mesh)
+                carry, totals = train_step(carry, totals, batch, shared_key)
+                meter.update(epoch, (epoch - 1) * per_epoch + step + 1, totals)
             row = {"epoch": epoch, **totals.means("train")}
             row["seconds"] = time.monotonic() - started
             row["images_per_second"] = per_epoch * config.batch / row["seconds"]
-            totals = put(steps.Totals.zero())
+            totals = zero()
             if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-                for start in range(0, test_count, config.batch):
-                    totals = evaluate_step(carry, totals, test_images, start)
+                for first in range(0, test_count, config.batch):
+                    rows = np.minimum(first + np.arange(config.batch), test_count - 1)  # beyond the end: not counted
+                    batch = steps.place(dataset.test_images, dataset.test_labels, rows, mesh)
+                    totals = evaluate_step(carry, totals, batch, test_count - first)
             history.append(row | totals.means("test"))
             checkpoints.save(carry, history)
-            report.write_metrics(run / "metrics.csv", history)
+            if first_process:
+                report.write_metrics(run / "metrics.csv", history)
             report.print_row(history[-1])
 
     # With decay 0 the new state is the batch's own statistics.
-    sample = (train_images.pixels[:512] - mean) / std
+    sample = jnp.asarray((dataset.train_images[:512] - mean) / std)
     sample = jax.vmap(steps.augment)(jax.random.split(key, len(sample)), sample).astype(config.dtype)
     _, alone = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
     names = [f"{name}/conv2" for name, *_ in model.blocks(config.depth)]
     layers = {name: (carry.state[name], alone[name]) for name in ("stem", names[len(names) // 2], names[-1])}
-    report.write_curves(run / "curves.png", history, layers, title)
+    if first_process:
+        report.write_curves(run / "curves.png", history, layers, title)
     report.print_table(history, title)
     return history
 
@@ -215,18 +255,25 @@ class Checkpoints:
 
 def main() -> None:
     signal.signal(signal.SIGINT, stop_soon)
+    cli = partial(tyro.cli, Config, description=__doc__)
     try:
-        config, run = parse()
-        dataset, mesh = prepare(config, run)
+        cluster.join(cli().launch)
+        report.console.quiet = jax.process_index() > 0
+        started_at = cluster.gather(time.strftime("%Y%m%d-%H%M%S"))[0]
+        prepared = cluster.agree(partial(prepare, cli, started_at))
+        if jax.process_index() == 0:
+            write_config(prepared.config, prepared.run, prepared.dataset)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    try:
-        accuracy = train(config, run, dataset, mesh)[-1]["test_accuracy"]
-    except KeyboardInterrupt:
-        saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
-        last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"
-        report.console.print(f"Stopped. {last}; go on with --resume {run}")
-        sys.exit(130)
+    config, run = prepared.config, prepared.run
+    with cluster.ending_at_once(f"Start all again with --resume {run}"):
+        try:
+            accuracy = train(*prepared)[-1]["test_accuracy"]
+        except KeyboardInterrupt:
+            saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+            last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"
+            report.console.print(f"Stopped. {last}; go on with --resume {run}")
+            sys.exit(130)
     if accuracy < config.require_accuracy:
         sys.exit(f"error: test accuracy {accuracy:.2%} is below the required {config.require_accuracy:.2%}")
 

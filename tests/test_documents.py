@@ -1,0 +1,56 @@
+"""The code in README and docs runs as it stands there, and does what the text around it says."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def assert_same(gradients, state, expected_gradients, expected_state):
+    # float32, another order of summation
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradients, expected_gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, expected_state)
+
+
+@pytest.fixture(scope="module")
+def readme():
+    """What the snippets of the README define, run one after the other."""
+    found = {}
+    for code in snippets("README.md"):
+        exec(code, found)
+    return found
+
+
+def test_the_training_step_learns_and_is_short(readme):
+    assert len(snippets("README.md")[0].splitlines()) <= 25
+    assert readme["evaluated"] < 0.1 * jnp.var(readme["target"])
+
+
+def test_on_eight_devices_the_gradients_are_those_of_one(readme):
+    expected = jax.grad(readme["loss"], has_aux=True)(readme["params"], readme["state"], train=True)
+    assert readme["mesh"].size == 8
+    assert_same(readme["gradients"], readme["new_state"], *expected)
+
+
+def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device():
+    found, ways = {}, 0
+    for code in snippets("docs/parallel.md"):
+        exec(code, found)
+        if "gradients" not in found:
+            continue
+        gradients, state = found.pop("gradients"), found.pop("new_state")
+        if not ways:
+            expected = gradients, state
+        assert_same(gradients, state, *expected)
+        ways += 1
+    assert ways == 7
+    np.testing.assert_allclose(found["means"], found["x"].reshape(4, 16, 8).mean(1), rtol=1e-6)
