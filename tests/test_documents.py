@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jbn
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,9 +17,9 @@ def snippets(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def assert_same(gradients, state, expected_gradients, expected_state):
-    # float32, another order of summation
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradients, expected_gradients)
+def assert_same(values, state, expected_values, expected_state):
+    # float32, another order of summation; the single pass over x costs up to 4 bits
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), values, expected_values)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, expected_state)
 
 
@@ -35,10 +37,10 @@ def test_the_training_step_learns_and_is_short(readme):
     assert readme["evaluated"] < 0.1 * jnp.var(readme["target"])
 
 
-def test_on_eight_devices_the_gradients_are_those_of_one(readme):
-    expected = jax.grad(readme["loss"], has_aux=True)(readme["params"], readme["state"], train=True)
+def test_on_eight_devices_the_result_is_that_of_one(readme):
     assert readme["mesh"].size == 8
-    assert_same(readme["gradients"], readme["new_state"], *expected)
+    y, state = jbn.batch_norm(readme["x"], readme["params"]["norm"], readme["state"], train=True)
+    assert_same(readme["y"], readme["new_state"], y, state)
 
 
 def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device():
