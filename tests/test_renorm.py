@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+import ways
+from reference import gradients, moments, update
 
 import jbn
 
@@ -94,23 +95,26 @@ def test_limits_may_be_traced_and_follow_the_paper():
         np.testing.assert_allclose(found[2], reference(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
 
 
-def test_masked_and_synchronized_it_is_that_of_the_valid_rows():
-    mask = jnp.asarray(RANDOM.uniform(size=(16, 4)) < 0.6).at[:2].set(False)  # the first of 8 devices has nothing
+@pytest.mark.parametrize("way", ["one device", "vmap", "shard_map", "shard_map unchecked", "automatic"])
+def test_masked_and_split_it_is_that_of_the_valid_rows(way):
+    mask = np.random.default_rng(1).uniform(size=(16, 4)) < 0.6
+    mask[:2] = False  # the first of 8 devices has nothing
     x = jnp.where(mask[..., None], X, jnp.nan)
-    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
-    sharded, everywhere = PartitionSpec("i"), PartitionSpec()
-
-    def run(x, mask, dy):
-        return train(x, PARAMS, STATE, dy, weights=mask, axis_name="i")
-
-    split = jax.shard_map(run, mesh=mesh, in_specs=sharded, out_specs=(sharded, everywhere, (sharded, everywhere)))
-    y, after, gradients = jax.jit(split)(x, mask, DY)
-    one = train(x, PARAMS, STATE, DY, weights=mask)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (y, after, gradients), one)
-    valid = np.asarray(X)[np.asarray(mask)].reshape(1, -1, 3)
-    expected, _ = reference(valid, PARAMS, STATE, 3.0, 5.0)
-    np.testing.assert_allclose(np.asarray(y)[np.asarray(mask)], expected[0], atol=2e-5)
-    assert not np.asarray(y)[~np.asarray(mask)].any()
+    y, after, dx, dparams = ways.runner(way, jbn.batch_renorm)(x, mask, DY, PARAMS, STATE)
+    assert not y[~mask].any() and not dx[~mask].any()
+    valid, dy = (np.float64(a)[mask][None] for a in (X, DY))
+    expected, r = reference(valid, PARAMS, STATE, 3.0, 5.0)
+    corrected = (expected - np.float64(PARAMS.bias)) / np.float64(PARAMS.scale)
+    got = y[mask], dx[mask], *after, *dparams
+    wanted = (
+        expected[0],
+        gradients(valid, dy, PARAMS.scale * r)[0][0],
+        *update([np.float64(field) for field in STATE], moments(valid)),
+        (dy * corrected).sum((0, 1)),
+        dy.sum((0, 1)),
+    )
+    for ours, exact in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=2e-5)  # float32, outputs up to 30
 
 
 def test_second_derivatives_take_r_and_d_as_constants():

@@ -1,0 +1,105 @@
+"""Several processes that train on one batch together over loopback, each with its own rows and devices.
+
+`launch` starts them. By hand, each in a shell of its own:
+
+    python tests/processes.py --coordinator 127.0.0.1:1234 --processes 2 --process 0 --devices 1
+    python tests/processes.py --coordinator 127.0.0.1:1234 --processes 2 --process 1 --devices 1
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from itertools import product
+
+WAYS = ("shard_map", "shard_map unchecked", "automatic")
+
+
+def launch(processes, devices, limit=120):
+    """What each process prints: a list of [way, dtype, masked, offset, differences].
+
+    Where one fails, or they take more than `limit` seconds, all are killed and RuntimeError says what they wrote.
+    """
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{unused.getsockname()[1]}"
+    with ExitStack() as stack:
+        workers, outputs, logs = [], [], []
+        for process in range(processes):
+            options = {"coordinator": coordinator, "processes": processes, "process": process, "devices": devices}
+            command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
+            outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            logs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            workers.append(stack.enter_context(subprocess.Popen(command, stdout=outputs[-1], stderr=logs[-1])))
+            stack.callback(workers[-1].kill)
+        deadline = time.monotonic() + limit
+        while None in (codes := [worker.poll() for worker in workers]) or any(codes):
+            if any(codes) or time.monotonic() > deadline:
+                raise RuntimeError(f"exit codes {codes}\n" + "\n".join(read(log)[-3000:] for log in logs))
+            time.sleep(0.05)
+        return [json.loads(read(output).splitlines()[-1]) for output in outputs]  # below what Gloo prints
+
+
+def read(file):
+    file.seek(0)
+    return file.read()
+
+
+def work(process, processes):
+    """The largest differences from float64 of this process's part, for each way and case."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import ways
+    from jax.sharding import NamedSharding
+
+    mesh = ways.mesh(i=jax.device_count())
+
+    def place(tree, spec):
+        def own(a):
+            if isinstance(a, jax.Array) and not a.is_fully_addressable:
+                return a  # the state of the step before
+            part = np.split(a, processes)[process] if spec else np.asarray(a)
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), part)
+
+        return jax.tree.map(own, tree)
+
+    rows = []
+    for way, dtype, masked, offset in product(WAYS, (jnp.float32, jnp.bfloat16), (False, True), (0.0, 1e3)):
+        found = ways.compare(way, dtype, masked, offset, place)
+        rows.append([way, jnp.dtype(dtype).name, masked, offset, found])
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--coordinator", required=True, help="address:port of process 0")
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--process", type=int, required=True, help="from 0")
+    parser.add_argument("--devices", type=int, required=True, help="of each process")
+    args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    import jax  # reads both
+
+    patience = 30  # seconds, rather than minutes, until the loss of a process is seen
+    jax.distributed.initialize(
+        args.coordinator,
+        args.processes,
+        args.process,
+        initialization_timeout=patience,
+        heartbeat_timeout_seconds=patience,
+        shutdown_timeout_seconds=patience,
+    )
+    if jax.device_count() != args.processes * args.devices:
+        raise RuntimeError(f"{jax.device_count()} devices; expected {args.processes} x {args.devices}.")
+    print(json.dumps(work(args.process, args.processes)))
+
+
+if __name__ == "__main__":
+    main()
