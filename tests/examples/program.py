@@ -13,7 +13,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "cifar10" / "train.py"
-SMALL = ["--depth", "8", "--epochs", "4", "--batch", "64", "--train-images", "384", "--peak-rate", "0.02"]
+SMALL = [
+    "--depth",
+    "8",
+    "--epochs",
+    "4",
+    "--batch",
+    "64",
+    "--train-images",
+    "384",
+    "--peak-rate",
+    "0.02",
+    "--evaluate-every",
+    "4",
+]
 SECONDS = 300  # no wait in these tests is longer
 
 
