@@ -1,0 +1,44 @@
+"""The benchmark of one normalization times functions that compute the same, and refuses one that does not."""
+
+import dataclasses
+
+import competitors
+import numpy as np
+import operation
+import pytest
+
+PEERS = [*competitors.JAX_PEERS, "torch"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(operation, "SHAPES", ((8, 4, 4, 6),))
+    return operation.Config(rounds=2, chain=2, shapes=(0,))
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_every_peer_is_timed_both_ways(small, axis, monkeypatch, tmp_path):
+    found = operation.measure(dataclasses.replace(small, axis=axis), PEERS)
+    alone, chained = found["alone"]["8x4x4x6"], found["chained"]["8x4x4x6"]
+    assert set(alone) == {*PEERS, "floor"} and set(chained) == {*competitors.JAX_PEERS, "floor"}
+    assert all(len(times) == 2 for times in (*alone.values(), *chained.values()))
+    times = {"a": {"jbn": [2.0], "floor": [1.0]}, "b": {"jbn": [8.0], "floor": [1.0]}}
+    assert operation.mean_ratio(times, "jbn", "floor") == pytest.approx(4)  # the geometric mean of 2 and 8
+    operation.figure_of(found, "title", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert operation.table_of("alone", found["alone"]).row_count == 4  # one shape, and the ratios to three
+
+
+def test_a_wrong_answer_is_not_timed(small, monkeypatch):
+    def wrong(features, axis):
+        right = competitors.with_flax_linen(features, axis)
+        return lambda *operands: (1.01 * right(*operands)[0], *right(*operands)[1:])
+
+    monkeypatch.setitem(competitors.JAX_PEERS, "flax linen", wrong)
+    with pytest.raises(AssertionError, match="flax linen"):
+        operation.prepare(small, operation.SHAPES[0], ["jbn", "flax linen"])
+
+
+def test_the_unit_is_eight_passes():
+    run = operation.copies_of(np.zeros((64, 64), np.float32))
+    assert len(run()) == 4
