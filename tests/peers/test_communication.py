@@ -78,7 +78,6 @@ def test_a_ring():
 @pytest.mark.parametrize("mode", communication.MODES)
 def test_a_small_network(mesh, mode):
     counted = {}
-    pytest.importorskip("flax")
     for norm in ("jbn", "flax fast"):
         kind = resnet50.NORMS[norm]
         arguments = resnet50.inputs(kind, mesh, batch=2, size=16, **SMALL)
