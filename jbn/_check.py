@@ -130,7 +130,7 @@ def check_train(train) -> None:
 
 def check_pool(axis_name, axis_index_groups=None) -> Pool:
     """The axes to pool over, each bound here."""
-    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     for name in names:
         try:
             jax.lax.axis_size(name)
@@ -144,7 +144,10 @@ def check_pool(axis_name, axis_index_groups=None) -> Pool:
 
 
 def _check_index_groups(given, names) -> tuple[tuple[int, ...], ...]:
-    subgroups = tuple(tuple(operator.index(index) for index in subgroup) for subgroup in given)
+    try:
+        subgroups = tuple(tuple(operator.index(index) for index in subgroup) for subgroup in given)
+    except TypeError:
+        raise TypeError(f"axis_index_groups is {given!r}; give lists of indices, such as [[0, 1], [2, 3]].") from None
     if len(names) != 1:
         raise ValueError(f"axis_index_groups needs one axis_name to cut, and was given {names!r}.")
     size = jax.lax.axis_size(names[0])

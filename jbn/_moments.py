@@ -199,13 +199,14 @@ def measure(x, weights, axes, pool) -> Moments:
 def _across(part: Moments, pool) -> Moments:
     """The moments of all devices of the pool, where `part` is one device's share.
 
-    One sum about 0; where that loses digits, one more about the mean. Subgroups always take both: where one went round
-    again and another did not, some hardware would wait for ever.
+    One sum about 0; where that loses digits, one more about the mean. Pools beside each other always take both: where
+    one went round again and another did not, some hardware would wait for ever.
     """
+    always_twice = pool.has_neighbours()
 
     def unfinished(carry):
         rounds, measured = carry
-        return rounds < 2 if pool.subgroups else (rounds == 0) | (rounds == 1) & _cancelled(measured)
+        return rounds < 2 if always_twice else (rounds == 0) | (rounds == 1) & _cancelled(measured)
 
     def about(center):
         apart = part.mean - center + part.mean_low

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -16,6 +17,12 @@ class Pool(NamedTuple):
     def size(self) -> int:
         """How many devices, or lanes of `vmap`, are pooled together."""
         return len(self.subgroups[0]) if self.subgroups else math.prod(lax.axis_size(name) for name in self.names)
+
+    def has_neighbours(self) -> bool:
+        """Whether other devices run the same program and are pooled apart from these."""
+        mesh = jax.sharding.get_abstract_mesh()
+        others = set(mesh.manual_axes) - set(self.names)
+        return self.subgroups is not None or any(mesh.shape[name] > 1 for name in others)
 
 
 def total(tree, pool: Pool):

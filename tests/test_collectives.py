@@ -141,8 +141,23 @@ def test_a_second_round_only_where_a_mean_is_far_from_0(check_vma, rounds):
         assert len(rounds) == 8 * wanted
 
 
-def test_subgroups_always_take_two_rounds(rounds):
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_pools_beside_each_other_always_take_two_rounds(check_vma, rounds):
     """Where one went round again and another did not, some hardware would wait for ever."""
+    split = jax.shard_map(
+        lambda x: jbn.moments(x, axis_name="member").mean[None],
+        mesh=ways.mesh(pair=4, member=2),
+        in_specs=P(("pair", "member")),
+        out_specs=P("pair"),
+        check_vma=check_vma,
+    )
+    jax.block_until_ready(jax.jit(split)(X))
+    jax.effects_barrier()
+    assert len(rounds) == 8 * 2
+
+
+def test_subgroups_always_take_two_rounds(rounds):
+    """As pools beside each other do."""
     halves = [[0, 1, 2, 3], [4, 5, 6, 7]]
     pooled = jax.pmap(lambda x: jbn.moments(x, axis_name="i", axis_index_groups=halves), "i")
     jax.block_until_ready(pooled(X.reshape(8, -1, FEATURES)))

@@ -55,4 +55,7 @@ def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device(
         assert_same(gradients, state, *expected)
         ways += 1
     assert ways == 7
+    (sharded,) = [code for code in snippets("docs/parallel.md") if "on_mesh" in code]
+    exec(sharded, found | {"mesh": jax.make_mesh((8,), ("data",))}, explicit := {})
+    assert_same(explicit["gradients"], explicit["new_state"], *expected)
     np.testing.assert_allclose(found["means"], found["x"].reshape(4, 16, 8).mean(1), rtol=1e-6)

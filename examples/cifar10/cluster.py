@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 20  # silence after which a process counts as lost; a dead connection is noticed at once
+MEETING_SECONDS = 120  # from the start of the first process to that of the last
 MESSAGE_BYTES = 8192
+# In the errors of JAX where it does not reach another process; Gloo carries the collectives of CPUs.
+SIGNS_OF_LOSS = ("Gloo", "onnection", "UNAVAILABLE", "DEADLINE_EXCEEDED", "another task", "heartbeat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +47,32 @@ def join(cluster: Cluster) -> None:
         coordinator, processes, process = address
         if coordinator is None or processes is None or process is None:
             raise ValueError("--coordinator, --processes and --process go together; or give --distributed alone.")
-        if ":" not in coordinator or not 0 <= process < processes:
+        if ":" not in coordinator or processes < 1 or not 0 <= process < processes:
             raise ValueError(
-                f"coordinator {coordinator}, process {process} of {processes}; expected HOST:PORT, and a process from "
-                f"0 to {processes - 1}."
+                f"coordinator {coordinator}, process {process} of {processes}; expected HOST:PORT, and processes that "
+                f"count from 0."
             )
     elif address != (None, None, None):
         raise ValueError("--distributed finds the other processes by itself; leave --coordinator and its numbers out.")
-    jax.distributed.initialize(*address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    where = "which JAX looks for" if cluster.distributed else f"{cluster.processes} in all, at {cluster.coordinator}"
+    print(f"Waiting up to {MEETING_SECONDS} s for the other processes, {where}.", file=sys.stderr, flush=True)
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and the process would go on
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python runs no handler of its own in there
+    try:
+        jax.distributed.initialize(
+            *address, initialization_timeout=MEETING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except ValueError as error:
+        raise ValueError(f"JAX cannot meet other processes here ({error}). Is this a cluster that it knows?") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def gather(value) -> list:
     """What each process has as `value`, which must fit into JSON."""
     if jax.process_count() == 1:
         return [value]
-    message = json.dumps(value, default=str).encode()
+    message = json.dumps(value, default=str, ensure_ascii=False).encode()
     if len(message) > MESSAGE_BYTES:
         raise ValueError(f"a message of {len(message)} bytes; expected at most {MESSAGE_BYTES}.")
     messages = multihost_utils.process_allgather(np.frombuffer(message.ljust(MESSAGE_BYTES), np.uint8))
@@ -76,7 +91,7 @@ def agree(prepare: Callable[[], tuple[T, dict]]) -> T:
     except (ValueError, OSError) as error:
         if jax.process_count() == 1:
             raise
-        prepared, answer = None, {"facts": {}, "problem": str(error)[:2000]}
+        prepared, answer = None, {"facts": {}, "problem": str(error)[:1500]}
     answers = gather(answer)
     for process, other in enumerate(answers):
         if other["problem"] is not None:
@@ -102,9 +117,13 @@ def ending_at_once(advice: str):
         if jax.process_count() == 1:
             raise
         code = 1
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # Gloo: the collectives of CPUs
-            print(f"error: another process is lost, and training cannot go on without it. {advice}", file=sys.stderr)
-            print(f"What this process saw: {str(error).splitlines()[0][:300]}", file=sys.stderr)
+        if isinstance(error, Exception) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            seen = str(error).splitlines()[0][:300]
+            print(
+                f"error: another process is lost, and training cannot go on without it. {advice}\n"
+                f"What this process saw: {seen}",
+                file=sys.stderr,
+            )
         elif isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
         else:

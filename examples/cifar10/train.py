@@ -91,9 +91,9 @@ def resolve(cli: Callable[..., Config], started_at: str) -> tuple[Config, Path]:
 
 
 def write_config(config: Config, run: Path, dataset: data.Dataset) -> None:
-    """Write config.json where there is none."""
+    """Write config.json where there is none; the first process does."""
     path = run / "config.json"
-    if path.exists():
+    if path.exists() or jax.process_index() > 0:
         return
     settings = dataclasses.asdict(config)
     del settings["launch"]  # any number of processes may go on with a run
@@ -111,7 +111,7 @@ def stop_soon(*_) -> None:
     """On Ctrl-C: end after the steps that run now. A library that is writing a checkpoint may swallow an exception."""
     stop.set()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    report.console.print("Stopping after the steps that run now; Ctrl-C again stops at once.")
+    print("Stopping after the steps that run now; Ctrl-C again stops at once.", file=sys.stderr)
 
 
 class Prepared(NamedTuple):
@@ -261,8 +261,7 @@ def main() -> None:
         report.console.quiet = jax.process_index() > 0
         started_at = cluster.gather(time.strftime("%Y%m%d-%H%M%S"))[0]
         prepared = cluster.agree(partial(prepare, cli, started_at))
-        if jax.process_index() == 0:
-            write_config(prepared.config, prepared.run, prepared.dataset)
+        cluster.agree(lambda: (write_config(prepared.config, prepared.run, prepared.dataset), {}))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     config, run = prepared.config, prepared.run
@@ -272,7 +271,7 @@ def main() -> None:
         except KeyboardInterrupt:
             saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
             last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"
-            report.console.print(f"Stopped. {last}; go on with --resume {run}")
+            print(f"Stopped. {last}; go on with --resume {run}", file=sys.stderr)
             sys.exit(130)
     if accuracy < config.require_accuracy:
         sys.exit(f"error: test accuracy {accuracy:.2%} is below the required {config.require_accuracy:.2%}")

@@ -53,7 +53,10 @@ def test_killed_while_writing_and_interrupted_it_ends_as_if_nothing_had_been(lau
         (["--data", "NOWHERE", "--run", "NEW"], "data_batch_1.bin is missing"),
         (["--batch", "0", "--run", "NEW"], "batch is 0; expected at least 1"),
         (["--process", "1", "--run", "NEW"], "--coordinator, --processes and --process go together"),
-        (["--coordinator", "here:1", "--processes", "2", "--process", "2", "--run", "NEW"], "a process from 0 to 1"),
+        (
+            ["--coordinator", "here:1", "--processes", "2", "--process", "2", "--run", "NEW"],
+            "processes that count from 0",
+        ),
         (["--distributed", "--process", "1", "--run", "NEW"], "leave --coordinator and its numbers out"),
     ],
 )
