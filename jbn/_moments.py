@@ -184,7 +184,7 @@ def measure(x, weights, axes, pool) -> Moments:
 
     @custom_vmap
     def settle(measured, x, weights):
-        return lax.cond(_cancelled(measured), again, lambda measured, *_: measured, measured, x, weights)
+        return lax.cond(cancelled(measured), again, lambda measured, *_: measured, measured, x, weights)
 
     @settle.def_vmap
     def _(_, mapped, *operands):
@@ -206,7 +206,7 @@ def _across(part: Moments, pool) -> Moments:
 
     def unfinished(carry):
         rounds, measured = carry
-        return rounds < 2 if always_twice else (rounds == 0) | (rounds == 1) & _cancelled(measured)
+        return rounds < 2 if always_twice else (rounds == 0) | (rounds == 1) & cancelled(measured)
 
     def about(center):
         apart = part.mean - center + part.mean_low
@@ -229,7 +229,7 @@ def _about(center, count, first, second) -> Moments:
     return _as_moments(count, center, rest, jnp.maximum(var, jnp.zeros_like(var)))
 
 
-def _cancelled(measured: Moments):
+def cancelled(measured: Moments):
     """Whether a variance from sums about 0 may have lost digits: a mean of 4 standard deviations costs 4 bits."""
     return ~jnp.all((measured.mean * measured.mean <= 16 * measured.var) & jnp.isfinite(measured.var))
 

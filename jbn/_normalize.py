@@ -18,8 +18,9 @@ from jbn._check import (
     feature_shape,
     statistics_dtype,
 )
+from jbn._deviation import scaled_deviation
 from jbn._groups import in_groups
-from jbn._moments import materialize, measure, measure_tangent, remat, select
+from jbn._moments import cancelled, materialize, measure, measure_tangent, remat, select
 from jbn._types import Moments, Params, State
 
 
@@ -151,7 +152,7 @@ def _normalize_by_batch_jvp(axes, pool, coefficients, primals, tangents):
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
         pair = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
-        return affine_tangent(x, weights, pair, x_dot, axes), measured_dot
+        return affine_tangent(x, weights, pair, x_dot, axes, cancelled(measured)), measured_dot
 
     y, measured = normalize_by_batch(axes, pool, coefficients, *primals)
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
@@ -176,16 +177,20 @@ def affine(x, weights, mean, slope, bias, axes):
     return select(weights, ((x.astype(mean.dtype) - mean) * slope + bias).astype(x.dtype))
 
 
-def affine_tangent(x, weights, pair, x_dot, axes):
+def affine_tangent(x, weights, pair, x_dot, axes, far=None):
     """The tangent of `affine` for a pair of its coefficients and their tangents.
 
-    Arranged so that its transpose sums dy and dy * (x - mean) once each.
+    Arranged so that its transpose sums dy and dy * (x - mean) once each. `far` [] says whether a mean is many standard
+    deviations of `x` from 0, where that is known.
     """
     (mean, slope, _), (mean_dot, slope_dot, bias_dot) = pair
     constant_dot = bias_dot - slope * mean_dot
     mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
-    apart = select(weights, x.astype(mean.dtype) - mean)  # or a masked NaN times dy = 0 would reach slope's gradient
-    y_dot = slope * x_dot.astype(mean.dtype) + apart * slope_dot + constant_dot
+    if weights is None and far is not None:
+        stretch = scaled_deviation(x, mean, slope_dot, far)
+    else:  # a masked NaN times dy = 0 must not reach slope's gradient
+        stretch = select(weights, x.astype(mean.dtype) - mean) * slope_dot
+    y_dot = slope * x_dot.astype(mean.dtype) + stretch + constant_dot
     return select(weights, y_dot.astype(x.dtype))
 
 
