@@ -76,7 +76,7 @@ def test_scan_in_shard_map(mask):
 def test_sharded_arrays(way, mask):
     """One forward, one backward, and one in each branch that sums again where the mean is far from 0.
 
-    Without a mask the sums of the backward pass do not wait for the mean; as dy is given here, one message has them all.
+    Without a mask the sums of the backward pass do not wait for the mean: as dy is given here, all are in one message.
     """
     found = training(way, mask)
     assert {kind for kind, *_ in found} == {"all-reduce"}

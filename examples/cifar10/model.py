@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from convolution import convolve
 
 import jbn
 
@@ -62,8 +62,7 @@ def apply(
     new_state = {}
 
     def unit(x, name, stride=1):
-        kernel = params[name]["kernel"].astype(x.dtype)
-        x = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = convolve(x, params[name]["kernel"].astype(x.dtype), stride)
         norm = params[name]["norm"]
         x, new_state[name] = jbn.batch_norm(x, norm, state[name], train=train, decay=decay, axis_name=axis_name)
         return x

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from convolution import CPU_OPTIONS
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -144,6 +145,7 @@ def make_steps(
     def compile_on_mesh(step, donated):
         specs = (REPLICATED, REPLICATED, SHARDED, REPLICATED)
         everywhere = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
-        return jax.jit(everywhere, donate_argnums=donated)
+        options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+        return jax.jit(everywhere, donate_argnums=donated, compiler_options=options)
 
     return compile_on_mesh(train, (0, 1)), compile_on_mesh(evaluate, (1,))

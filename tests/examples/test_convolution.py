@@ -1,0 +1,69 @@
+"""The convolution's own rule for CPUs against JAX's, for all strides, kernels and odd sizes, and on other platforms."""
+
+from functools import partial
+
+import convolution
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+RANDOM = np.random.default_rng(0)
+
+
+def reference(x, kernel, stride):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def pullback(function, x, kernel, dy):
+    y, pull = jax.vjp(function, x, kernel)
+    return y, *pull(dy)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (2, 3), (3, 4), (5, 1)])
+@pytest.mark.parametrize(("size", "outputs"), [((6, 8), 4), ((7, 5), 4), ((6, 8), convolution.NARROW + 1)])
+def test_value_and_gradients(size, outputs, window, stride):
+    x = RANDOM.standard_normal((2, *size, 3)).astype(np.float32)
+    kernel = RANDOM.standard_normal((*window, 3, outputs)).astype(np.float32)
+    dy = RANDOM.standard_normal(reference(x, kernel, stride).shape).astype(np.float32)
+    expected = pullback(partial(reference, stride=stride), x, kernel, dy)
+    for got, wanted in zip(
+        jax.jit(partial(pullback, partial(convolution.convolve, stride=stride)))(x, kernel, dy), expected, strict=True
+    ):
+        # sums of up to 112 products of float32, in another order
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_under_vmap():
+    x, kernel = jnp.ones((3, 2, 4, 4, 2)), jnp.asarray(RANDOM.standard_normal((3, 3, 2, 4)), jnp.float32)
+    dy = jnp.asarray(RANDOM.standard_normal((3, 2, 4, 4, 4)), jnp.float32)
+    got, expected = (
+        jax.vmap(partial(pullback, partial(function, stride=1)), (0, None, 0))(x, kernel, dy)
+        for function in (convolution.convolve, reference)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+
+
+def test_a_gradient_that_is_not_finite_stays_so():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 4))
+    gradient = pullback(partial(convolution.convolve, stride=1), x, kernel, jnp.full((1, 4, 4, 4), jnp.nan))[2]
+    assert np.isnan(gradient).all()
+
+
+def test_other_platforms_have_the_derivative_of_jax(monkeypatch):
+    monkeypatch.setattr(lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+    x, kernel, dy = jnp.ones((2, 4, 6, 2)), jnp.ones((3, 3, 2, 4)), jnp.ones((2, 2, 3, 4))
+    got, expected = (
+        jax.jit(partial(pullback, partial(function, stride=2))).lower(x, kernel, dy).compile()
+        for function in (convolution.convolve, reference)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got(x, kernel, dy), expected(x, kernel, dy))
+    assert " conditional(" not in got.as_text()
+
+
+def test_the_compiler_leaves_the_conditional_around_the_exchange():
+    x, kernel, dy = jnp.ones((2, 4, 4, 2)), jnp.ones((3, 3, 2, 4)), jnp.ones((2, 4, 4, 4))
+    compiled = jax.jit(partial(pullback, partial(convolution.convolve, stride=1))).lower(x, kernel, dy).compile()
+    assert compiled.as_text().count(" conditional(") == 1
