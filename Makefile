@@ -30,6 +30,7 @@ format: .venv/.dev ## Mend what ruff can mend
 bench: .venv/.peers ## Run the benchmarks; ARGS="--help" lists the options
 	$(BIN)/python benchmarks/differences.py
 	$(BIN)/python benchmarks/operation.py
+	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/resnet_peer.py $(ARGS)
 
 clean: ## Remove the environment

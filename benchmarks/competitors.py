@@ -1,9 +1,9 @@
-"""Batch normalization in training by jbn and by its peers on JAX, each as the same pure function.
+"""Batch normalization by jbn and by its peers on JAX, each as the same pure function.
 
-    normalize(x, scale, bias, mean, var) -> y, mean, var
+    normalize(x, scale, bias, mean, var, mask) -> y, mean, var
 
 for x with its features on `axis`, the last or 1; mean and var [features] are the running ones, moved by a tenth towards
-the batch's. Epsilon is 1e-5.
+the batch's in training. mask is None or as x with one feature, for those in MASKED. Epsilon is 1e-5.
 """
 
 import os
@@ -19,59 +19,61 @@ import jbn
 DECAY, EPSILON = 0.9, 1e-5
 
 
-def with_jbn(features: int, axis: int) -> Callable:
-    def normalize(x, scale, bias, mean, var):
+def with_jbn(features: int, axis: int, train: bool) -> Callable:
+    def normalize(x, scale, bias, mean, var, mask=None):
         state = jbn.State(mean, var, jnp.ones((), mean.dtype))
         params = jbn.Params(scale, bias)
-        y, state = jbn.batch_norm(x, params, state, train=True, decay=DECAY, feature_axis=axis, unbiased=False)
+        y, state = jbn.batch_norm(
+            x, params, state, train=train, decay=DECAY, feature_axis=axis, unbiased=False, weights=mask
+        )
         return y, state.mean, state.var
 
     return normalize
 
 
-def with_flax_linen(features: int, axis: int) -> Callable:
+def with_flax_linen(features: int, axis: int, train: bool) -> Callable:
     from flax import linen
 
-    def normalize(x, scale, bias, mean, var):
-        layer = linen.BatchNorm(False, axis=axis, momentum=DECAY, epsilon=EPSILON, dtype=x.dtype)
+    def normalize(x, scale, bias, mean, var, mask=None):
+        layer = linen.BatchNorm(not train, axis=axis, momentum=DECAY, epsilon=EPSILON, dtype=x.dtype)
         variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
-        y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+        y, updated = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
         return y, updated["batch_stats"]["mean"], updated["batch_stats"]["var"]
 
     return normalize
 
 
-def with_flax_nnx(features: int, axis: int) -> Callable:
+def with_flax_nnx(features: int, axis: int, train: bool) -> Callable:
     from flax import nnx
 
-    def normalize(x, scale, bias, mean, var):
+    def normalize(x, scale, bias, mean, var, mask=None):
         layer = nnx.BatchNorm(
             features,
             axis=axis,
             momentum=DECAY,
             epsilon=EPSILON,
             dtype=x.dtype,
-            use_running_average=False,
+            use_running_average=not train,
             rngs=nnx.Rngs(0),
         )
         for variable, value in ((layer.scale, scale), (layer.bias, bias), (layer.mean, mean), (layer.var, var)):
             variable[...] = value  # pyright: ignore[reportOptionalSubscript]
-        y = layer(x)
+        y = layer(x, mask=mask)
         return y, layer.mean[...], layer.var[...]
 
     return normalize
 
 
-def with_haiku(features: int, axis: int) -> Callable:
+def with_haiku(features: int, axis: int, train: bool) -> Callable:
     import haiku
 
     def layer(x):
         others = [other for other in range(x.ndim) if other != axis % x.ndim]
-        return haiku.BatchNorm(True, True, DECAY, EPSILON, axis=others, name="norm")(x, is_training=True)
+        return haiku.BatchNorm(True, True, DECAY, EPSILON, axis=others, name="norm")(x, is_training=train)
 
     apply = haiku.without_apply_rng(haiku.transform_with_state(layer)).apply
 
-    def normalize(x, scale, bias, mean, var):
+    def normalize(x, scale, bias, mean, var, mask=None):
         shape = [features if each == axis % x.ndim else 1 for each in range(x.ndim)]
         scale, bias, mean, var = (jnp.reshape(value, shape) for value in (scale, bias, mean, var))
         state = {
@@ -84,14 +86,15 @@ def with_haiku(features: int, axis: int) -> Callable:
     return normalize
 
 
-def with_equinox(features: int, axis: int) -> Callable:
+def with_equinox(features: int, axis: int, train: bool) -> Callable:
     import equinox
 
-    def normalize(x, scale, bias, mean, var):
+    def normalize(x, scale, bias, mean, var, mask=None):
         layer, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
             features, "batch", eps=EPSILON, momentum=DECAY, mode="batch"
         )
         layer = equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, (scale, bias))
+        layer = equinox.nn.inference_mode(layer, not train)
         state = state.set(layer.batch_state_index, (mean, var))
 
         def of_one(x, state):  # [..., features] or [features, ...]
@@ -104,15 +107,15 @@ def with_equinox(features: int, axis: int) -> Callable:
     return normalize
 
 
-def with_keras(features: int, axis: int) -> Callable:
+def with_keras(features: int, axis: int, train: bool) -> Callable:
     import keras
 
     layer = keras.layers.BatchNormalization(axis=axis, momentum=DECAY, epsilon=EPSILON)
 
-    def normalize(x, scale, bias, mean, var):
+    def normalize(x, scale, bias, mean, var, mask=None):
         if not layer.built:
             layer.build(x.shape)
-        y, running, *_ = layer.stateless_call([scale, bias], [mean, var], x, training=True)
+        y, running, *_ = layer.stateless_call([scale, bias], [mean, var], x, training=train)
         return y, *running[:2]
 
     return normalize
@@ -126,3 +129,4 @@ JAX_PEERS = {
     "equinox": with_equinox,
     "keras": with_keras,
 }
+MASKED = ("jbn", "flax linen", "flax nnx")

@@ -3,15 +3,14 @@
     python benchmarks/resnet_peer.py                      the embedded set
     python benchmarks/resnet_peer.py --data FOLDER        a part of CIFAR-10
 
-Prints the test accuracy of both after the same epochs, for every seed and in the mean, and images/s of the training
-step: blocks of steps of the two in turn, so that both see the same machine; medians of the blocks and of their ratios.
+Prints the test accuracy of both after the same epochs, for every seed and in the mean. benchmarks/training_step.py has
+their speed.
 """
 
 import dataclasses
 import os
 import platform
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -40,13 +39,6 @@ class Config:
     batch: int = 64
     train_images: int = 4096
     """How many training images to use, the first ones."""
-    speed_depth: int = 20
-    """Depth of the network whose step is timed."""
-    speed_batch: int = 128
-    blocks: int = 7
-    """Blocks of timed steps of each network."""
-    block: int = 4
-    """Steps a block."""
 
 
 NETWORKS = {
@@ -55,24 +47,24 @@ NETWORKS = {
 }
 
 
-def prepare(name, dataset, config, *, depth, batch, seed):
+def prepare(name, dataset, config, seed):
     """Compiled steps, what they start from, and the mesh."""
     apply, convert = NETWORKS[name]
     mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-    total = config.epochs * (len(dataset.train_labels) // batch)
+    total = config.epochs * (len(dataset.train_labels) // config.batch)
     optimizer = steps.make_optimizer(0.1, total, momentum=0.9, weight_decay=5e-4)
     mean, std = steps.channel_statistics(dataset.train_images)
     train, evaluate = steps.make_steps(
-        partial(apply, depth=depth),
+        partial(apply, depth=config.depth),
         optimizer,
         mesh,
-        batch=batch,
+        batch=config.batch,
         mean=mean,
         std=std,
         smoothing=0.1,
         dtype=jnp.dtype("float32"),
     )
-    params, state = convert(*model.init(jax.random.key(seed), depth))
+    params, state = convert(*model.init(jax.random.key(seed), config.depth))
     carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
     put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
     return train, evaluate, put((carry, steps.Totals.zero(), jax.random.key(seed))), mesh
@@ -80,9 +72,7 @@ def prepare(name, dataset, config, *, depth, batch, seed):
 
 def accuracy(name, dataset, config, seed) -> float:
     """Test accuracy after `config.epochs`."""
-    train, evaluate, (carry, totals, key), mesh = prepare(
-        name, dataset, config, depth=config.depth, batch=config.batch, seed=seed
-    )
+    train, evaluate, (carry, totals, key), mesh = prepare(name, dataset, config, seed)
     count = len(dataset.train_labels)
     for epoch in range(config.epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), count))
@@ -99,45 +89,11 @@ def accuracy(name, dataset, config, seed) -> float:
     return totals.means("test")["test_accuracy"]
 
 
-def speed(dataset, config) -> dict[str, list[float]]:
-    """Images per second of every block of training steps, for each network in turn."""
-    prepared, rates = {}, {name: [] for name in NETWORKS}
-    for name in NETWORKS:
-        train, _, start, mesh = prepare(
-            name, dataset, config, depth=config.speed_depth, batch=config.speed_batch, seed=0
-        )
-        rows = np.arange(config.speed_batch)
-        prepared[name] = [train, *start, steps.place(dataset.train_images, dataset.train_labels, rows, mesh)]
-    for index in range(config.blocks + 1):
-        for name, (train, carry, totals, key, batch) in prepared.items():
-            started = time.perf_counter()
-            for _ in range(config.block):
-                carry, totals = train(carry, totals, batch, key)
-            float(totals.loss)
-            prepared[name][1:3] = carry, totals
-            if index:  # the first block compiles
-                rates[name].append(config.block * config.speed_batch / (time.perf_counter() - started))
-    return rates
-
-
 def main(config: Config) -> None:
     dataset = (data.read(config.data) if config.data else data.embedded()).first(config.train_images)
     device = jax.devices()[0]
     hardware = f"{device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
     report.console.print(f"{dataset.name}; {hardware}; jax {jax.__version__}")
-
-    rates = speed(dataset, config)
-    table = Table(
-        "network",
-        "images/s",
-        "least",
-        "most",
-        title=f"Training step, ResNet-{config.speed_depth}, batch {config.speed_batch}",
-    )
-    for name, values in rates.items():
-        table.add_row(name, *(f"{value:.0f}" for value in (np.median(values), min(values), max(values))))
-    report.console.print(table)
-    report.console.print(f"jbn / flax: {np.median(np.divide(rates['jbn'], rates['flax'])):.3f}")
 
     title = f"Test accuracy, ResNet-{config.depth}, {len(dataset.train_labels):,} images, {config.epochs} epochs"
     table = Table("seed", *NETWORKS, title=title)

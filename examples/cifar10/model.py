@@ -1,5 +1,6 @@
 """The CIFAR ResNet of He et al. 2015 (section 4.2) as plain functions over two pytrees: params and batch-norm state."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -53,18 +54,20 @@ def apply(
     train: bool,
     decay: float = 0.9,
     axis_name: str | None = None,
+    normalize: Callable = jbn.batch_norm,
+    convolve: Callable = convolve,
 ) -> tuple[jax.Array, dict]:
     """Logits [batch, classes] in float32 for images [batch, 32, 32, 3], and the new state.
 
     Computes in the dtype of the images. With `axis_name`, statistics are pooled over that axis; `decay` is that of the
-    running statistics.
+    running statistics. `normalize` and `convolve` may be others than these, with the same arguments.
     """
     new_state = {}
 
     def unit(x, name, stride=1):
         x = convolve(x, params[name]["kernel"].astype(x.dtype), stride)
         norm = params[name]["norm"]
-        x, new_state[name] = jbn.batch_norm(x, norm, state[name], train=train, decay=decay, axis_name=axis_name)
+        x, new_state[name] = normalize(x, norm, state[name], train=train, decay=decay, axis_name=axis_name)
         return x
 
     x = jax.nn.relu(unit(images, "stem"))

@@ -24,14 +24,14 @@ def test_every_peer_is_timed_both_ways(small, axis, monkeypatch, tmp_path):
     assert all(len(times) == 2 for times in (*alone.values(), *chained.values()))
     times = {"a": {"jbn": [2.0], "floor": [1.0]}, "b": {"jbn": [8.0], "floor": [1.0]}}
     assert operation.mean_ratio(times, "jbn", "floor") == pytest.approx(4)  # the geometric mean of 2 and 8
-    operation.figure_of(found, "title", tmp_path / "figure.png")
+    operation.figure_of({"alone": times, "chained": times}, "title", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert operation.table_of("alone", found["alone"]).row_count == 4  # one shape, and the ratios to three
 
 
 def test_a_wrong_answer_is_not_timed(small, monkeypatch):
-    def wrong(features, axis):
-        right = competitors.with_flax_linen(features, axis)
+    def wrong(*options):
+        right = competitors.with_flax_linen(*options)
         return lambda *operands: (1.01 * right(*operands)[0], *right(*operands)[1:])
 
     monkeypatch.setitem(competitors.JAX_PEERS, "flax linen", wrong)
@@ -39,6 +39,29 @@ def test_a_wrong_answer_is_not_timed(small, monkeypatch):
         operation.prepare(small, operation.SHAPES[0], ["jbn", "flax linen"])
 
 
-def test_the_unit_is_eight_passes():
-    run = operation.copies_of(np.zeros((64, 64), np.float32))
-    assert len(run()) == 4
+@pytest.mark.parametrize("what", operation.PASSES)
+def test_all_that_peers_are_asked_for(small, what):
+    """Values and gradients of all peers are compared before any is timed."""
+    peers = [name for name in PEERS if what != "masked" or name in competitors.MASKED]
+    prepared = operation.prepare(dataclasses.replace(small, what=what), operation.SHAPES[0], peers)
+    assert set(prepared["alone"]) == {*peers, "floor"}
+    for function in prepared["chained"].values():
+        function()
+
+
+def test_compiled_torch_computes_the_same(small, monkeypatch):
+    """What is timed on a GPU alone, with a compiler that needs none."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    operation.prepare(small, operation.SHAPES[0], ["jbn", operation.COMPILED_TORCH])
+
+
+def test_the_floor_is_copies():
+    x = np.ones((64, 64), np.float32)
+    assert len(operation.copies_of(x, 8)()) == 4 and len(operation.copies_of(x, 3)()) == 2
+
+
+def test_a_record_has_one_row_a_case_way_and_peer():
+    times = {"8x2": {"jbn": [2.0], "flax linen": [4.0], "floor": [1.0]}}
+    rows = operation.markdown({"cases": {"training": {"alone": times}}}).splitlines()
+    assert rows[2] == "| training | alone | jbn | 0.50 | 2.00 |" and len(rows) == 4
