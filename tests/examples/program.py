@@ -26,6 +26,8 @@ SMALL = [
     "0.02",
     "--evaluate-every",
     "4",
+    "--ema",
+    "0.9",
 ]
 SECONDS = 300  # no wait in these tests is longer
 
