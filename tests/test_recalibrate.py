@@ -41,12 +41,12 @@ def cut(sizes):
     return np.split(ROWS, np.cumsum(sizes)[:-1])
 
 
-def expected(rows=ROWS, unbiased=True):
+def expected(rows=ROWS, params=PARAMS):
     """The states in float64: each layer over all rows, after layers that evaluate with what was found for them."""
     x, found = np.float64(rows), []
-    for kernel, norm in PARAMS:
+    for kernel, norm in params:
         x = x @ np.float64(kernel)
-        mean, var = x.mean(0), x.var(0, ddof=int(unbiased))
+        mean, var = x.mean(0), x.var(0, ddof=1)
         found.append(jbn.State(mean, var, np.ones(())))
         x = np.tanh((x - mean) / np.sqrt(var + 1e-5) * np.float64(norm.scale) + np.float64(norm.bias))
     return found
@@ -173,7 +173,8 @@ def test_frozen_layers_and_what_is_no_state_stay_as_they_are():
 
 
 def test_layers_stacked_in_a_scan():
-    kernels, norms = np.stack([KERNELS[1]] * 2), jax.tree.map(lambda *leaves: np.stack(leaves), *NORMS[:2])
+    params = [(KERNELS[1], NORMS[0]), (KERNELS[1], NORMS[1])]
+    stacked_params, stacked = (jax.tree.map(lambda *layers: jnp.stack(layers), *each) for each in (params, STATES[:2]))
 
     def scanned(params, states, x):
         def layer(x, each):
@@ -183,15 +184,9 @@ def test_layers_stacked_in_a_scan():
 
         return jax.lax.scan(layer, x, (*params, states))
 
-    def unrolled(params, states, x):
-        return apply([jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(2)], states, x)
-
-    batches = np.split(RANDOM.normal(1, 2, (64, 4)).astype(np.float32), 4)
-    apart = jbn.recalibrate(unrolled, (kernels, norms), STATES[:2], batches)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *STATES[:2])
-    together = jbn.recalibrate(scanned, (kernels, norms), stacked, batches)
-    for index in range(2):
-        assert_states([jax.tree.map(lambda leaf, i=index: leaf[i], together)], [apart[index]])
+    rows = RANDOM.normal(1, 2, (64, 4)).astype(np.float32)
+    states = jbn.recalibrate(scanned, stacked_params, stacked, rows.reshape(4, 16, 4))
+    assert_states([jbn.State(*(field[layer] for field in states)) for layer in range(2)], expected(rows, params))
 
 
 def test_in_shard_map():
