@@ -3,8 +3,9 @@
 from jbn._batch_norm import batch_norm
 from jbn._moments import merge, moments
 from jbn._normalize import normalize_batch, normalize_running
+from jbn._recalibrate import recalibrate
 from jbn._renorm import batch_renorm, renorm_limits
-from jbn._types import Moments, Params, State, init
+from jbn._types import Moments, Params, State, empty_moments, init
 from jbn._update import update
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "State",
     "batch_norm",
     "batch_renorm",
+    "empty_moments",
     "init",
     "merge",
     "moments",
     "normalize_batch",
     "normalize_running",
+    "recalibrate",
     "renorm_limits",
     "update",
 ]

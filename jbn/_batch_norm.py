@@ -1,20 +1,22 @@
 """The everyday composition: normalize, and in training move the running statistics."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 from jax.typing import ArrayLike
 
-from jbn._check import check_fields, check_fraction, check_train
+from jbn._check import check_fraction, check_train
+from jbn._moments import moments
 from jbn._normalize import normalize_batch, normalize_running
-from jbn._types import Params, State
-from jbn._update import update
+from jbn._types import Carried, Measuring, Params, State
+from jbn._update import check_carried, update
 
 
 def batch_norm(
     x: ArrayLike,
     params: Params,
-    state: State,
+    state: Carried,
     *,
     train: bool,
     decay: float | jax.Array = 0.9,
@@ -26,7 +28,7 @@ def batch_norm(
     unbiased: bool = True,
     groups: int = 1,
     interleaved: bool = False,
-) -> tuple[jax.Array, State]:
+) -> tuple[jax.Array, Carried]:
     """Batch normalization: by the batch's statistics in training, by the running ones in evaluation.
 
     In training this is `normalize_batch` and then `update`; in evaluation it is `normalize_running`, the state comes
@@ -35,7 +37,8 @@ def batch_norm(
 
     Args:
       x: [...], float16, bfloat16, float32 or float64; statistics are float32 (float64 for float64 `x`).
-      params, state: as made by `init`, fields of shape `[*features]`.
+      params, state: as made by `init`, fields of shape `[*features]`. In training, `Moments` in the place of the state
+        accumulate where a state decays: see `update`.
       train: a Python bool, known when the program is compiled.
       decay: weight of the old running value, in [0, 1]; may be traced. One minus PyTorch's momentum.
       epsilon: added to the variance; may be traced.
@@ -49,7 +52,7 @@ def batch_norm(
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
 
     Returns:
-      `y` with the shape and dtype of `x`, and the new `State`.
+      `y` with the shape and dtype of `x`, and the new `State` or `Moments`.
 
     Raises:
       TypeError: `train` is traced, `x` is not floating-point, or `params` or `state` is something else.
@@ -69,19 +72,29 @@ def batch_norm(
     """
     check_train(train)
     check_fraction("decay", decay)
-    if not train:
-        y = normalize_running(x, params, state, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
-        return y, state
-    y, measured = normalize_batch(
-        x,
-        params,
-        epsilon=epsilon,
-        feature_axis=feature_axis,
-        weights=weights,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        groups=groups,
-        interleaved=interleaved,
-    )
-    check_fields("state", state, State, measured.mean.shape)
+    if not train or (isinstance(state, Measuring) and not state.by_batch):
+        running = cast(State, state)
+        y = normalize_running(x, params, running, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
+        if not train:
+            return y, state
+        measured = moments(
+            x,
+            feature_axis=feature_axis,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
+    else:
+        y, measured = normalize_batch(
+            x,
+            params,
+            epsilon=epsilon,
+            feature_axis=feature_axis,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            groups=groups,
+            interleaved=interleaved,
+        )
+        check_carried(state, measured.mean.shape)
     return y, update(state, measured, decay=decay, unbiased=unbiased)

@@ -63,7 +63,8 @@ def moments(
       (2.0, [2.0, 20.0], [1.0, 100.0])
     """
     x, weights, axes = check_batch(x, feature_axis, weights)
-    return _moments(axes, check_pool(axis_name, axis_index_groups), x, weights)
+    compiled = jax.jit(_moments, static_argnums=(0, 1), inline=True)  # called outside of jit, its condition compiles
+    return compiled(axes, check_pool(axis_name, axis_index_groups), x, weights)
 
 
 def merge(*moments: Moments) -> Moments:

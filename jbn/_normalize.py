@@ -21,7 +21,7 @@ from jbn._check import (
 from jbn._deviation import scaled_deviation
 from jbn._groups import in_groups
 from jbn._moments import cancelled, materialize, measure, measure_tangent, remat, select
-from jbn._types import Moments, Params, State
+from jbn._types import Measuring, Moments, Params, State
 
 
 def normalize_batch(
@@ -90,7 +90,7 @@ def normalize_batch(
 def normalize_running(
     x: ArrayLike,
     params: Params,
-    state: State,
+    state: State | Measuring,
     *,
     epsilon: float | jax.Array = 1e-5,
     feature_axis: int | tuple[int, ...] = -1,
@@ -124,6 +124,8 @@ def normalize_running(
       >>> jbn.normalize_running(jnp.array([[4.0]]), params, state).round(3).tolist()
       [[1.0]]
     """
+    if isinstance(state, Measuring):
+        state = state.state
     x, weights, axes = check_batch(x, feature_axis, weights)
     shape = feature_shape(x, axes)
     check_fields("params", params, Params, shape)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbn._batch_norm import batch_norm
 from jbn._check import (
     check_batch,
     check_epsilon,
@@ -19,8 +20,8 @@ from jbn._check import (
     feature_shape,
     statistics_dtype,
 )
-from jbn._normalize import normalize_by_batch, normalize_running, standardize
-from jbn._types import Moments, Params, State
+from jbn._normalize import normalize_by_batch, standardize
+from jbn._types import Measuring, Moments, Params, State
 from jbn._update import update
 
 
@@ -76,9 +77,18 @@ def batch_renorm(
     check_fraction("decay", decay)
     check_limit("r_max", r_max, 1)
     check_limit("d_max", d_max, 0)
-    if not train:
-        y = normalize_running(x, params, state, epsilon=epsilon, feature_axis=feature_axis, weights=weights)
-        return y, state
+    if not train or isinstance(state, Measuring):
+        return batch_norm(
+            x,
+            params,
+            state,
+            train=train,
+            epsilon=epsilon,
+            feature_axis=feature_axis,
+            weights=weights,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+        )
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, shape = check_pool(axis_name, axis_index_groups), feature_shape(x, axes)
     check_fields("params", params, Params, shape)

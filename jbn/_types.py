@@ -1,6 +1,7 @@
 """The three values that flow through batch normalization, and how they start."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,24 @@ class Moments(NamedTuple):
     mean: jax.Array  # [*features]
     var: jax.Array  # [*features], divided by count
     mean_low: jax.Array | float = 0.0  # [*features]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """What stands in the place of a `State` while `recalibrate` measures: `state` stays, `moments` accumulate."""
+
+    state: State
+    moments: Moments
+    by_batch: bool = dataclasses.field(metadata={"static": True})  # what normalizes in training: else `state` does
+
+
+Carried = TypeVar("Carried", bound=State | Moments | Measuring)  # what a layer hands on from one step to the next
+
+
+def is_state(value) -> bool:
+    """Whether `value` is a `State`, as the leaves of a tree of states are."""
+    return isinstance(value, State)
 
 
 def init(
@@ -82,3 +101,33 @@ def init(
         jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.asarray(0 if debias else 1, statistics)
     )
     return params, state
+
+
+def empty_moments(states):
+    """Empty `Moments`, count 0, in the place of every `State` of a pytree: where accumulation starts.
+
+    `batch_norm` and `update` take them for the state, and merge into them what they measure: see `update`.
+
+    Args:
+      states: a `State`, or a pytree of them; what else is in there stays as it is.
+
+    Returns:
+      The same pytree with `Moments` of the shapes of the states, in float32 (float64 where the state is).
+
+    Example:
+      >>> _, state = jbn.init(2)
+      >>> total = jbn.empty_moments(state)
+      >>> total = jbn.update(total, jbn.moments(jnp.array([[1.0, 10.0], [3.0, 30.0]])))
+      >>> total = jbn.update(total, jbn.moments(jnp.array([[5.0, 50.0]])))
+      >>> total.count.item(), total.mean.tolist()
+      (3.0, [3.0, 30.0])
+    """
+
+    def empty(state):
+        if not is_state(state):
+            return state
+        dtype = statistics_dtype(jnp.asarray(state.mean).dtype)
+        count, *fields = (jnp.zeros_like(like, dtype) for like in (state.weight, *[state.mean] * 3))
+        return Moments(count, *fields)
+
+    return jax.tree.map(empty, states, is_leaf=is_state)

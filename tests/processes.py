@@ -73,7 +73,37 @@ def work(process, processes):
     for way, dtype, masked, offset in product(WAYS, (jnp.float32, jnp.bfloat16), (False, True), (0.0, 1e3)):
         found = ways.compare(way, dtype, masked, offset, place)
         rows.append([way, jnp.dtype(dtype).name, masked, offset, found])
-    return rows
+    return [*rows, ["recalibrate", "float32", True, 0.0, recalibrated(mesh, place)]]
+
+
+def recalibrated(mesh, place):
+    """The largest differences of recalibrated states from float64, of two layers over four masked batches."""
+    import jax
+    import numpy as np
+    import reference
+    import ways
+    from jax.sharding import PartitionSpec as P
+
+    import jbn
+
+    def local(params, states, batch):
+        x, first = jbn.batch_norm(batch[0], params, states[0], train=True, weights=batch[1], axis_name="i")
+        _, second = jbn.batch_norm(abs(x), params, states[1], train=True, weights=batch[1], axis_name="i")
+        return None, [first, second]
+
+    batches = [ways.batch(seed, masked=True)[:2] for seed in range(4)]
+    split = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("i")), out_specs=P())
+    params, states = place((ways.PARAMS, [jbn.init(ways.SHAPE[-1])[1]] * 2), P())
+    states = jbn.recalibrate(split, params, states, [place(batch, P("i")) for batch in batches])
+    x, mask = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    found = {}
+    for layer, state in enumerate(states):
+        count, mean, var = reference.moments(x, mask)
+        var = var * count / (count - 1)
+        found[f"mean {layer}"] = float(np.max(np.abs(state.mean - mean) / np.sqrt(var)))
+        found[f"var {layer}"] = float(np.max(np.abs(state.var / var - 1)))
+        x = np.abs(reference.normalize(x, mean, var, *ways.PARAMS))
+    return found
 
 
 def main():

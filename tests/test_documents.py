@@ -59,3 +59,29 @@ def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device(
     exec(sharded, found | {"mesh": jax.make_mesh((8,), ("data",))}, explicit := {})
     assert_same(explicit["gradients"], explicit["new_state"], *expected)
     np.testing.assert_allclose(found["means"], found["x"].reshape(4, 16, 8).mean(1), rtol=1e-6)
+
+
+def recipes():
+    """Heading and code of every recipe; under the title stands what all of them start with."""
+    title, *sections = (ROOT / "docs/recipes.md").read_text().split("\n## ")
+    codes = {section.splitlines()[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL) for section in sections}
+    return re.findall(r"```python\n(.*?)```", title, re.DOTALL), codes
+
+
+IMPORTS, RECIPES = recipes()
+
+
+@pytest.fixture(scope="module")
+def imported():
+    found = {}
+    (code,) = IMPORTS
+    exec(code, found)
+    return found
+
+
+@pytest.mark.parametrize("codes", RECIPES.values(), ids=RECIPES)
+def test_recipe(codes, imported):
+    (code,) = codes
+    assert "assert" in code
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as in a user's program
+        exec(code, dict(imported))

@@ -95,7 +95,7 @@ def test_a_state_whose_weight_is_no_scalar():
 def test_params_and_state_swapped():
     refused(TypeError, r"params is a State; expected a jbn.Params", jbn.normalize_running, X, STATE, PARAMS)
     refused(TypeError, r"params is a State; expected a jbn.Params", jbn.normalize_batch, X, STATE)
-    refused(TypeError, r"is a Moments; expected a jbn.State", jbn.update, MOMENTS, STATE)
+    refused(TypeError, r"moments is a State; expected a jbn.Moments.*order", jbn.update, MOMENTS, STATE)
     for train in (True, False):
         refused(TypeError, r"is a .*; expected a jbn.(Params|State)", jbn.batch_norm, X, STATE, PARAMS, train=train)
 

@@ -244,3 +244,54 @@ def test_several_feature_axes():
     _, state = jbn.init((2, 3))
     after = jbn.update(state, jbn.moments(x, feature_axis=(1, 2)), unbiased=False)
     assert_allclose(after.mean, np.float64(x).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_in_the_place_of_a_state_accumulate_in_a_scan():
+    """One update by what microbatches of uneven masks gave is the update by the whole batch; a NaN is left out."""
+    rng = np.random.default_rng(8)
+    parts, mask = rng.normal(3, 2, (5, 4, FEATURES)).astype(np.float32), rng.uniform(size=(5, 4)) < 0.5
+    mask[1], mask[2, 0] = False, True
+    parts[3, 0], mask[3, 0] = np.nan, True
+    params, _ = jbn.init(FEATURES)
+
+    @jax.jit
+    def accumulate(state, parts, mask):
+        def step(total, part):
+            y, total = jbn.batch_norm(part[0], params, total, train=True, weights=part[1])
+            return total, y
+
+        return jax.lax.scan(step, jbn.empty_moments(state), (parts, mask))
+
+    total, y = accumulate(OLD, parts, mask)
+    assert_array_equal(y[0], jbn.batch_norm(parts[0], params, OLD, train=True, weights=mask[0])[0])
+    whole = reference.moments(np.delete(parts, 3, 0), np.delete(mask, 3, 0)[..., None])
+    assert_state(total[:3], whole)
+    assert_state(update(OLD, total), reference.update([np.float64(field) for field in OLD], whole))
+
+
+NOT_EVEN_MOMENTS = {name: case for name, case in NOTHING.items() if "unbiased" not in name}  # a factor of states
+
+
+@pytest.mark.parametrize(("measured", "options"), NOT_EVEN_MOMENTS.values(), ids=NOT_EVEN_MOMENTS)
+def test_nothing_reaches_moments_in_the_place_of_a_state(measured, options):
+    total = jbn.moments(measurements(2)[1])
+    assert_same(jbn.update(total, measured, **options), total)
+
+
+def test_amount_multiplies_the_count_that_moments_accumulate():
+    first, second = map(jbn.moments, measurements(2))
+    total = update(first, second, amount=0.5)
+    assert_state(total, jbn.merge(first, second._replace(count=second.count / 2)))
+
+
+def test_empty_moments_have_the_shapes_and_dtypes_of_the_states():
+    with jax.enable_x64(True):
+        states = {"a": jbn.init((2, 3))[1], "b": [jbn.init(1, dtype=jnp.float64)[1]], "steps": 3}
+        half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), states["a"])
+        empty = jbn.empty_moments({**states, "c": half})
+        assert [leaf.shape for leaf in empty["a"]] == [leaf.shape for leaf in empty["c"]] == [(), *[(2, 3)] * 3]
+        assert dtypes(empty["a"]) == dtypes(empty["c"]) == [jnp.float32] * 4
+        assert dtypes(empty["b"][0]) == [jnp.float64] * 4
+        assert empty["steps"] == 3
+    with pytest.raises(TypeError, match=r"state is a Moments; expected a jbn.State"):
+        jbn.batch_norm(jnp.ones((2, 2, 3)), jbn.init((2, 3))[0], empty["a"], train=False, feature_axis=(1, 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -70,6 +70,13 @@ class Meter:
                 self.bar.update(self.task, completed=step, description=text)
             else:
                 console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+
+
+def bar(values, text: str):
+    """`values` under a bar, or after a line where the output is no terminal."""
+    if not console.is_terminal:
+        console.print(text)
+    return track(values, text, console=console, disable=not console.is_terminal)
 
 
 def row_text(row: dict) -> dict[str, str]:

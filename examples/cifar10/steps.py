@@ -1,8 +1,8 @@
-"""The compiled steps: one of training, one of evaluation, both data parallel over a mesh with the axis "data"."""
+"""The compiled steps of training, evaluation and recalibration, data parallel over a mesh with the axis "data"."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,12 @@ class Carry(NamedTuple):
     state: dict
     optimizer: optax.OptState
     step: jax.Array  # [], int32
+    average: optax.OptState = optax.EmptyState()  # the sum that `averaged` makes params of
+
+    def averaged(self, decay: float) -> "Carry":
+        """The same with averaged params in the place of those of the last step; the average starts without bias."""
+        average = cast(optax.EmaState, self.average)
+        return self._replace(params=optax.tree.bias_correction(average.ema, decay, average.count))
 
 
 class Totals(NamedTuple):
@@ -102,14 +108,16 @@ def make_steps(
     std: np.ndarray,
     smoothing: float,
     dtype: jnp.dtype,
+    averager: optax.GradientTransformation | None = None,
 ) -> tuple[Callable, Callable]:
     """The two compiled steps, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
 
     train(carry, totals, batch, key) gives back carry and totals; evaluate(carry, totals, batch, count) adds the first
-    `count` images of the batch. `mean` and `std` [3] are those of the pixels. `carry` and `totals` are donated in
-    training, `totals` in evaluation.
+    `count` images of the batch. `mean` and `std` [3] are those of the pixels. `averager` takes the params after every
+    step. `carry` and `totals` are donated in training, `totals` in evaluation.
     """
     share = batch // mesh.size
+    averager = averager or optax.identity()
 
     def positions():
         return lax.axis_index(AXIS) * share + jnp.arange(share)
@@ -128,7 +136,9 @@ def make_steps(
         # check_vma is on: gradients of the replicated params arrive summed over the devices.
         (value, (logits, state)), gradients = jax.value_and_grad(loss, has_aux=True)(carry.params)
         updates, optimizer_state = optimizer.update(gradients, carry.optimizer, carry.params)
-        carry = Carry(optax.apply_updates(carry.params, updates), state, optimizer_state, carry.step + 1)
+        params = optax.apply_updates(carry.params, updates)
+        _, average = averager.update(params, carry.average)
+        carry = Carry(params, state, optimizer_state, carry.step + 1, average)
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
     def evaluate(carry, totals, images, count):
@@ -149,3 +159,14 @@ def make_steps(
         return jax.jit(everywhere, donate_argnums=donated, compiler_options=options)
 
     return compile_on_mesh(train, (0, 1)), compile_on_mesh(evaluate, (1,))
+
+
+def make_measure(apply: Callable, mesh: jax.sharding.Mesh, *, mean: np.ndarray, std: np.ndarray, dtype: jnp.dtype):
+    """What `jbn.recalibrate` applies: `measure(params, states, batch)`, images as they are in evaluation."""
+
+    def measure(params, states, images):
+        inputs = ((images.pixels - mean) / std).astype(dtype)
+        _, states = apply(params, states, inputs, train=True, axis_name=AXIS)
+        return None, states
+
+    return jax.shard_map(measure, mesh=mesh, in_specs=(REPLICATED, REPLICATED, SHARDED), out_specs=REPLICATED)

@@ -7,6 +7,7 @@ from), report.py (what a person sees), cluster.py (several processes).
 """
 
 import dataclasses
+import itertools
 import json
 import signal
 import sys
@@ -23,10 +24,15 @@ import jax
 import jax.numpy as jnp
 import model
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import report
 import steps
 import tyro
+
+import jbn
+
+PASSES = 3  # of recalibration; more make deeper layers exact, which hardly moves the accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +69,12 @@ class Config:
     """Of the initialization, the order of the images and their augmentation."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    ema: float = 0.0
+    """Average the params with this decay, in [0, 1), and evaluate the average too, at the end. 0: do not."""
+    recalibrate: bool = False
+    """At the end, evaluate with the exact statistics of the training images in the place of the running ones, too."""
     require_accuracy: float = 0.0
-    """End with an error if the test accuracy stays below this, in [0, 1]."""
+    """End with an error if the last test accuracy is below this, in [0, 1]."""
     launch: tyro.conf.OmitArgPrefixes[cluster.Cluster] = dataclasses.field(default_factory=cluster.Cluster)
 
 
@@ -130,6 +140,8 @@ def prepare(cli: Callable[..., Config], started_at: str) -> tuple[Prepared, dict
     for name in ("epochs", "batch", "evaluate_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; expected at least 1.")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema is {config.ema}; expected a decay in [0, 1), such as 0.99.")
     dataset = data.load(config.data, config.cache.expanduser(), report.console.print).first(config.train_images)
     train_count = len(dataset.train_labels)
     mesh = jax.make_mesh((len(jax.devices()),), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
@@ -148,8 +160,8 @@ def prepare(cli: Callable[..., Config], started_at: str) -> tuple[Prepared, dict
     return Prepared(config, run, dataset, mesh), facts
 
 
-def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.Mesh) -> list[dict]:
-    """Train as `config` says and leave all results in `run`; returns one row of numbers an epoch."""
+def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.Mesh) -> float:
+    """Train as `config` says and leave all results in `run`; returns the test accuracy of what was evaluated last."""
     train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
     first_process = jax.process_index() == 0
     title = f"ResNet-{config.depth} on {dataset.name}"
@@ -160,16 +172,11 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     optimizer = steps.make_optimizer(
         config.peak_rate, config.epochs * per_epoch, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    averager = optax.ema(config.ema) if config.ema else optax.identity()
     apply = partial(model.apply, depth=config.depth)
+    inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(config.dtype)}
     train_step, evaluate_step = steps.make_steps(
-        apply,
-        optimizer,
-        mesh,
-        batch=config.batch,
-        mean=mean,
-        std=std,
-        smoothing=config.smoothing,
-        dtype=jnp.dtype(config.dtype),
+        apply, optimizer, mesh, batch=config.batch, smoothing=config.smoothing, averager=averager, **inputs
     )
 
     # Made by a compiled program, a value is on all devices of all processes.
@@ -179,7 +186,16 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     @everywhere
     def start(key):
         params, state = model.init(key, config.depth, zero_last_scale=config.zero_last_scale)
-        return steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)), key
+        step = jnp.zeros((), jnp.int32)
+        return steps.Carry(params, state, optimizer.init(params), step, averager.init(params)), key
+
+    def test(carry):
+        totals = zero()
+        for first in range(0, test_count, config.batch):
+            rows = np.minimum(first + np.arange(config.batch), test_count - 1)  # beyond the end: not counted
+            batch = steps.place(dataset.test_images, dataset.test_labels, rows, mesh)
+            totals = evaluate_step(carry, totals, batch, test_count - first)
+        return totals
 
     key = jax.random.key(config.seed)
     carry, shared_key = start(key)
@@ -201,28 +217,49 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
             row = {"epoch": epoch, **totals.means("train")}
             row["seconds"] = time.monotonic() - started
             row["images_per_second"] = per_epoch * config.batch / row["seconds"]
-            totals = zero()
-            if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-                for first in range(0, test_count, config.batch):
-                    rows = np.minimum(first + np.arange(config.batch), test_count - 1)  # beyond the end: not counted
-                    batch = steps.place(dataset.test_images, dataset.test_labels, rows, mesh)
-                    totals = evaluate_step(carry, totals, batch, test_count - first)
-            history.append(row | totals.means("test"))
+            evaluated = epoch % config.evaluate_every == 0 or epoch == config.epochs
+            history.append(row | (test(carry) if evaluated else zero()).means("test"))
             checkpoints.save(carry, history)
             if first_process:
                 report.write_metrics(run / "metrics.csv", history)
             report.print_row(history[-1])
 
-    # With decay 0 the new state is the batch's own statistics.
-    sample = jnp.asarray((dataset.train_images[:512] - mean) / std)
-    sample = jax.vmap(steps.augment)(jax.random.split(key, len(sample)), sample).astype(config.dtype)
-    _, alone = jax.jit(partial(apply, train=True, decay=0.0))(carry.params, carry.state, sample)
+    @jax.jit
+    def alone(params, state, pixels):
+        sample = jax.vmap(steps.augment)(jax.random.split(key, len(pixels)), (pixels - mean) / std)
+        # With decay 0 the new state is the batch's own statistics.
+        return apply(params, state, sample.astype(config.dtype), train=True, decay=0.0)[1]
+
+    batch = alone(carry.params, carry.state, dataset.train_images[:512])
     names = [f"{name}/conv2" for name, *_ in model.blocks(config.depth)]
-    layers = {name: (carry.state[name], alone[name]) for name in ("stem", names[len(names) // 2], names[-1])}
+    layers = {name: (carry.state[name], batch[name]) for name in ("stem", names[len(names) // 2], names[-1])}
     if first_process:
         report.write_curves(run / "curves.png", history, layers, title)
     report.print_table(history, title)
-    return history
+
+    accuracy = history[-1]["test_accuracy"]
+    if config.ema:
+        carry = everywhere(partial(steps.Carry.averaged, decay=config.ema))(carry)
+        accuracy = test(carry).means("test")["test_accuracy"]
+    params = f"averaged params ({config.ema})" if config.ema else "params of the last step"
+    if config.ema or config.recalibrate:
+        report.console.print(f"{params}, running statistics: test accuracy {accuracy:.2%}")
+    if config.recalibrate:
+        passes = itertools.count(1)
+
+        def batches():
+            firsts = range(0, per_epoch * config.batch, config.batch)
+            for first in report.bar(firsts, f"recalibrating, pass {next(passes)} of up to {PASSES}"):
+                if stop.is_set():
+                    raise KeyboardInterrupt
+                rows = first + np.arange(config.batch)
+                yield steps.place(dataset.train_images, dataset.train_labels, rows, mesh)
+
+        measure = steps.make_measure(apply, mesh, **inputs)
+        state = jbn.recalibrate(measure, carry.params, carry.state, batches, passes=PASSES)
+        accuracy = test(carry._replace(state=state)).means("test")["test_accuracy"]
+        report.console.print(f"{params}, recalibrated statistics: test accuracy {accuracy:.2%}")
+    return accuracy
 
 
 class Checkpoints:
@@ -267,7 +304,7 @@ def main() -> None:
     config, run = prepared.config, prepared.run
     with cluster.ending_at_once(f"Start all again with --resume {run}"):
         try:
-            accuracy = train(*prepared)[-1]["test_accuracy"]
+            accuracy = train(*prepared)
         except KeyboardInterrupt:
             saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
             last = f"The last checkpoint is of epoch {max(saved)}" if saved else "There is no checkpoint yet"

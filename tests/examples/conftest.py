@@ -13,4 +13,4 @@ def launcher(tmp_path_factory):
 def undisturbed(launcher, tmp_path_factory):
     """The folder of a run of one process with two devices, and what it printed."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return run, program.finish(launcher.start("--run", run))[0]
+    return run, program.finish(launcher.start("--run", run, "--recalibrate"))[0]

@@ -26,6 +26,8 @@ SMALL = [
     "0.02",
     "--evaluate-every",
     "4",
+    "--ema",
+    "0.9",
 ]
 SECONDS = 300  # no wait in these tests is longer
 
@@ -37,6 +39,7 @@ class Launcher:
         self.cache = folder / "no-cifar"
         self.environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
         }

@@ -70,7 +70,9 @@ def test_a_checkpoint_does_not_depend_on_the_layout(launcher, together, undistur
     shutil.copytree(source, run)
     shutil.rmtree(run / "checkpoints" / "4")
     start = launcher.start_two if processes == 2 else lambda *args, **options: [launcher.start(*args, **options)]
-    assert "Going on after epoch 3" in finish(*start("--resume", run, devices=devices))[0]
+    output = finish(*start("--resume", run, devices=devices))[0]
+    assert "Going on after epoch 3" in output
+    assert ("recalibrated statistics: test accuracy" in output) == (source == undisturbed[0])  # which asks for it
     # Six steps on another number of devices: what rounding differs by at the start, about 1e-7, training makes more of.
     assert_same_training(run, source, 1e-2)
 

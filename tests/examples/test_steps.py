@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import model
 import numpy as np
+import optax
 import pytest
 import steps
 
+import jbn
+
 BATCH, DEPTH = 16, 8
+AVERAGER = optax.ema(0.5)
 
 
 def mesh_of(count):
@@ -28,7 +32,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def trained(images):
-    """Carry, training totals and evaluation totals after two steps, on 1 and on 8 devices."""
+    """Carry, totals of training and evaluation after two steps, and params after each, on 1 and on 8 devices."""
     pixels, labels, mean, std = images
     optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
     params, state = model.init(jax.random.key(0), DEPTH)
@@ -45,19 +49,21 @@ def trained(images):
             std=std,
             smoothing=0.1,
             dtype=jnp.dtype("float32"),
+            averager=AVERAGER,
         )
-        carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+        carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32), AVERAGER.init(params))
         # copies: the steps give the memory of what they are passed to their results
         carry, totals, measured = put(jax.tree.map(jnp.copy, (carry, steps.Totals.zero(), steps.Totals.zero())))
-        key = put(jax.random.key(3))
+        key, seen = put(jax.random.key(3)), []
         for step in range(2):
             rows = np.arange(43)[::-1][step * BATCH : (step + 1) * BATCH]
             carry, totals = train(carry, totals, steps.place(pixels, labels, rows, mesh), key)
+            seen.append(jax.device_get(carry.params))
         assert train._cache_size() == 1  # nothing that a step gives back makes the next one compile again
         for start in range(0, 43, BATCH):
             rows = np.minimum(start + np.arange(BATCH), 42)
             measured = evaluate(carry, measured, steps.place(pixels, labels, rows, mesh), 43 - start)
-        results[count] = jax.device_get((carry, totals, measured))
+        results[count] = *jax.device_get((carry, totals, measured)), seen
     return results
 
 
@@ -70,7 +76,7 @@ def test_one_and_eight_devices_train_the_same_model(trained):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_evaluation_counts_every_image_once(trained, images, devices):
-    carry, _, measured = trained[devices]
+    carry, _, measured, _ = trained[devices]
     pixels, labels, mean, std = images
     inputs = (pixels - mean) / std
     logits, _ = jax.jit(partial(model.apply, depth=DEPTH, train=False))(carry.params, carry.state, inputs)
@@ -78,6 +84,31 @@ def test_evaluation_counts_every_image_once(trained, images, devices):
     assert measured.correct == np.sum(np.argmax(logits, -1) == labels)
     losses = np.log(np.exp(np.float64(logits)).sum(-1)) - np.take_along_axis(logits, labels[:, None], -1)[:, 0]
     np.testing.assert_allclose(measured.loss, losses.sum(), rtol=1e-4)  # float32
+
+
+def test_averaged_params_are_those_after_each_step(trained):
+    carry, _, _, seen = trained[8]
+    wanted = jax.tree.map(lambda first, second: (0.25 * first + 0.5 * second) / 0.75, *seen)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), carry.averaged(0.5).params, wanted)
+
+
+def test_recalibration_measures_the_images_of_evaluation(trained, images):
+    (carry, *_), (pixels, labels, mean, std) = trained[8], images
+    inputs, mesh = {"mean": mean, "std": std, "dtype": jnp.dtype("float32")}, mesh_of(8)
+    measure = steps.make_measure(partial(model.apply, depth=DEPTH), mesh, **inputs)
+    batches = [steps.place(pixels, labels, rows, mesh) for rows in np.arange(32).reshape(2, BATCH)]
+    put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
+    states = jbn.recalibrate(measure, put(carry.params), put(carry.state), batches, passes=1)
+    stem = jax.lax.conv_general_dilated(
+        (pixels[:32] - mean) / std,
+        carry.params["stem"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    found = np.float64(stem).reshape(-1, stem.shape[-1])
+    np.testing.assert_allclose(states["stem"].mean, found.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(states["stem"].var, found.var(0, ddof=1), rtol=1e-5)
 
 
 def test_nothing_seen_has_no_mean():
@@ -103,7 +134,8 @@ def test_channel_statistics(images):
 
 
 def test_weight_decay_touches_kernels_only():
-    params, _ = model.init(jax.random.key(0), DEPTH)
+    shapes, _ = jax.eval_shape(partial(model.init, depth=DEPTH), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=0.5)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {

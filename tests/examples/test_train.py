@@ -12,7 +12,9 @@ from program import finish, last_checkpoint, metrics, wait_for
 
 def test_a_run_leaves_what_it_promises(undisturbed):
     run, output = undisturbed
-    assert "cannot be downloaded" in output and "embedded shapes" in output and "test accuracy" in output
+    assert "cannot be downloaded" in output and "embedded shapes" in output
+    for statistics in ("running", "recalibrated"):
+        assert re.search(rf"averaged params \(0.9\), {statistics} statistics: test accuracy \d+\.\d\d%", output), output
     saved = json.loads((run / "config.json").read_text())
     assert saved["config"]["depth"] == 8 and saved["dataset"].startswith("embedded shapes")
     rows = metrics(run)
@@ -52,6 +54,7 @@ def test_killed_while_writing_and_interrupted_it_ends_as_if_nothing_had_been(lau
         (["--run", "RUN"], "holds a run already"),
         (["--data", "NOWHERE", "--run", "NEW"], "data_batch_1.bin is missing"),
         (["--batch", "0", "--run", "NEW"], "batch is 0; expected at least 1"),
+        (["--ema", "1", "--run", "NEW"], r"ema is 1.0; expected a decay in \[0, 1\)"),
         (["--process", "1", "--run", "NEW"], "--coordinator, --processes and --process go together"),
         (
             ["--coordinator", "here:1", "--processes", "2", "--process", "2", "--run", "NEW"],

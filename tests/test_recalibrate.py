@@ -1,0 +1,230 @@
+"""Recalibrated states against float64 NumPy: one layer after the other, each over all the data."""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jbn
+from jbn._recalibrate import _measure
+
+WIDTHS = (3, 4, 4, 5)
+RANDOM = np.random.default_rng(0)
+KERNELS = [RANDOM.normal(0, 1, shape).astype(np.float32) for shape in pairwise(WIDTHS)]
+NORMS = [
+    jbn.Params(*RANDOM.uniform(low, 2, (2, width)).astype(np.float32))
+    for low, width in zip((0.5, 0.5, -1), WIDTHS[1:], strict=True)
+]
+PARAMS = list(zip(KERNELS, NORMS, strict=True))
+STATES = [jbn.init(width)[1] for width in WIDTHS[1:]]
+ROWS = RANDOM.normal(2, 3, (256, WIDTHS[0])).astype(np.float32)
+ROWS[:100] += 4  # the batches differ
+CUTS = {"equal": [32] * 8, "ragged": [2, 2, 4, 8, 16, 32, 64, 128]}
+train = partial(jbn.batch_norm, train=True)
+
+
+def apply(params, states, x, mask=None, axis_name=None, layer=train):
+    """A network that knows nothing of recalibration, of as many layers as there are states."""
+    after = []
+    for (kernel, norm), state in zip(params[: len(states)], states, strict=True):
+        x, state = layer(x @ kernel, norm, state, weights=mask, axis_name=axis_name)
+        x, after = jnp.tanh(x), [*after, state]
+    return x, after
+
+
+def cut(sizes):
+    return np.split(ROWS, np.cumsum(sizes)[:-1])
+
+
+def expected(rows=ROWS, params=PARAMS):
+    """The states in float64: each layer over all rows, after layers that evaluate with what was found for them."""
+    x, found = np.float64(rows), []
+    for kernel, norm in params:
+        x = x @ np.float64(kernel)
+        mean, var = x.mean(0), x.var(0, ddof=1)
+        found.append(jbn.State(mean, var, np.ones(())))
+        x = np.tanh((x - mean) / np.sqrt(var + 1e-5) * np.float64(norm.scale) + np.float64(norm.bias))
+    return found
+
+
+def assert_states(states, wanted, tolerance=1e-5):
+    """In standard deviations, and relative to the variance; float32 through all layers."""
+    for state, exact in zip(states, wanted[: len(states)], strict=True):
+        spread = np.sqrt(exact.var)
+        assert_allclose(state.mean / spread, exact.mean / spread, rtol=0, atol=tolerance)
+        assert_allclose(state.var, exact.var, rtol=tolerance)
+        assert_array_equal(state.weight, exact.weight)
+
+
+@pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS)
+def test_exact_however_the_data_is_cut(sizes):
+    states = STATES if sizes == CUTS["equal"] else STATES[:2]  # each size of a batch is compiled
+    states = jbn.recalibrate(apply, PARAMS, states, cut(sizes))
+    assert_states(states, expected())
+    assert {field.dtype for field in jax.tree.leaves(states)} == {jnp.dtype("float32")}
+
+
+def test_the_first_layers_are_exact_after_as_many_passes():
+    wanted = expected()
+    for passes in (1, 2):
+        states = jbn.recalibrate(apply, PARAMS, STATES, cut(CUTS["equal"]), passes=passes)
+        assert_states(states[:passes], wanted[:passes])
+        with pytest.raises(AssertionError):
+            assert_states(states[passes:], wanted[passes:])
+
+
+def test_one_pass_is_the_algorithm_of_the_paper():
+    x, measured = [np.float64(part) for part in cut(CUTS["equal"])], []
+    for kernel, norm in PARAMS:
+        x = [part @ np.float64(kernel) for part in x]
+        joint = np.concatenate(x)
+        measured.append(jbn.State(joint.mean(0), joint.var(0), np.ones(())))
+        x = [(part - part.mean(0)) / np.sqrt(part.var(0) + 1e-5) for part in x]
+        x = [np.tanh(part * np.float64(norm.scale) + np.float64(norm.bias)) for part in x]
+    states = jbn.recalibrate(apply, PARAMS, STATES, cut(CUTS["equal"]), passes=1, unbiased=False)
+    assert_states(states, measured)
+
+
+def test_the_states_passed_in_do_not_matter_and_a_program_is_compiled_once():
+    batches, seen = cut(CUTS["equal"]), []
+
+    def anew():
+        seen.append("pass")
+        return iter(batches)
+
+    bad = [jbn.State(state.mean + 30, state.var * 1e4, state.weight) for state in STATES]
+    states = jbn.recalibrate(apply, PARAMS, bad, batches)
+    compiled = _measure._cache_size()
+    again = jbn.recalibrate(apply, PARAMS, states, anew, passes=100)
+    jax.tree.map(assert_array_equal, again, states)
+    assert len(seen) == 4  # nothing changed in the fourth
+    assert _measure._cache_size() == compiled
+    stacked = jbn.recalibrate(apply, PARAMS, STATES, jnp.stack(batches))
+    jax.tree.map(assert_array_equal, stacked, states)
+
+
+def test_masked_rows_and_masked_batches_are_not_there():
+    """Masked rows are NaN: nothing reads them."""
+    mask = RANDOM.uniform(size=256) < 0.6
+    mask[64:96] = False
+    batches = list(zip(cut(CUTS["equal"]), np.split(mask, 8), strict=True))
+    batches = [(np.where(present[:, None], rows, np.nan), present) for rows, present in batches]
+
+    def masked(params, states, batch):
+        return apply(params, states, *batch)
+
+    states = jbn.recalibrate(masked, PARAMS, STATES[:2], batches)
+    assert_states(states, expected(ROWS[mask]))
+    for nothing in ([], [(batches[0][0], np.zeros(32, bool))]):
+        jax.tree.map(assert_array_equal, jbn.recalibrate(masked, PARAMS, states, nothing), states)
+
+
+def test_a_batch_with_a_nan_is_left_out():
+    batches = cut(CUTS["equal"])
+    batches[2] = np.where(batches[2] > 8, np.nan, batches[2])
+    states = jbn.recalibrate(apply, PARAMS, STATES, batches)
+    assert_states(states, expected(np.concatenate(batches[:2] + batches[3:])))
+    only = jbn.recalibrate(apply, PARAMS, states, batches[2:3])
+    jax.tree.map(assert_array_equal, only, states)
+
+
+def composed(x, params, state, **pooling):
+    """What `batch_norm` composes, written by hand."""
+    y, moments = jbn.normalize_batch(x, params, **pooling)
+    return y, jbn.update(state, moments, decay=0.99)
+
+
+LAYERS = {
+    "groups": partial(jbn.batch_norm, train=True, groups=4),
+    "renormalized": partial(jbn.batch_renorm, train=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_variants_of_the_layer(layer):
+    states = jbn.recalibrate(partial(apply, layer=layer), PARAMS, STATES[:2], cut(CUTS["equal"]))
+    assert_states(states, expected())
+
+
+def test_a_layer_composed_by_hand_accumulates():
+    states = jbn.recalibrate(partial(apply, layer=composed), PARAMS, STATES[:2], cut([256]))
+    assert_states(states, expected(), 1e-2)  # normalized by its own batch, whose variance divides by 256, not 255
+
+
+def test_frozen_layers_and_what_is_no_state_stay_as_they_are():
+    def frozen_first(params, states, x):
+        (kernel, norm), *rest = params[:2]
+        x, first = jbn.batch_norm(x @ kernel, norm, states["first"], train=False)
+        x, new = apply(rest, states["rest"], jnp.tanh(x))
+        return x, {"first": first, "rest": new, "steps": states["steps"] + 1}
+
+    wanted = expected()
+    first = jax.tree.map(np.float32, wanted[0])
+    given = {"first": first, "rest": STATES[1:2], "steps": jnp.asarray(7)}
+    states = jbn.recalibrate(frozen_first, PARAMS, given, cut(CUTS["equal"]))
+    jax.tree.map(assert_array_equal, states["first"], first)
+    assert_states(states["rest"], wanted[1:])
+    assert states["steps"] == 7
+
+
+def test_layers_stacked_in_a_scan():
+    params = [(KERNELS[1], NORMS[0]), (KERNELS[1], NORMS[1])]
+    stacked_params, stacked = (jax.tree.map(lambda *layers: jnp.stack(layers), *each) for each in (params, STATES[:2]))
+
+    def scanned(params, states, x):
+        def layer(x, each):
+            kernel, norm, state = each
+            x, state = jbn.batch_norm(x @ kernel, norm, state, train=True)
+            return jnp.tanh(x), state
+
+        return jax.lax.scan(layer, x, (*params, states))
+
+    rows = RANDOM.normal(1, 2, (64, 4)).astype(np.float32)
+    states = jbn.recalibrate(scanned, stacked_params, stacked, rows.reshape(4, 16, 4))
+    assert_states([jbn.State(*(field[layer] for field in states)) for layer in range(2)], expected(rows, params))
+
+
+def test_in_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(
+        partial(apply, axis_name="data"), mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P("data"), P())
+    )
+    everywhere, rows = jax.NamedSharding(mesh, P()), jax.NamedSharding(mesh, P("data"))
+    compiled = _measure._cache_size()
+    states = jbn.recalibrate(
+        split, *jax.device_put((PARAMS, STATES), everywhere), jax.device_put(cut(CUTS["equal"]), rows)
+    )
+    assert_states(states, expected())
+    assert _measure._cache_size() == compiled + 2  # the first pass and the others
+
+
+def test_states_keep_their_dtypes():
+    half = [jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), STATES[0])]
+    (state,) = jbn.recalibrate(apply, PARAMS[:1], half, cut(CUTS["equal"]))
+    assert {leaf.dtype for leaf in state} == {jnp.dtype("bfloat16")}
+    assert_allclose(np.float64(state.var), expected()[0].var, rtol=2**-8)
+
+
+def test_refusals():
+    batches = cut(CUTS["equal"])
+    with pytest.raises(TypeError, match=r"batches is a generator.*3 passes; pass a list.*lambda: loader\(\)"):
+        jbn.recalibrate(apply, PARAMS, STATES, (batch for batch in batches))
+    jbn.recalibrate(apply, PARAMS, STATES, iter(batches), passes=1)
+    spent = iter(batches)
+    with pytest.raises(ValueError, match=r"pass 2 found no batches: .* anew"):
+        jbn.recalibrate(apply, PARAMS, STATES, lambda: spent)
+    with pytest.raises(ValueError, match=r"measured nothing: apply the network with train=True"):
+        jbn.recalibrate(partial(apply, layer=partial(jbn.batch_norm, train=False)), PARAMS, STATES, batches)
+    with pytest.raises(TypeError, match=r"gave back a list; expected the pair"):
+        jbn.recalibrate(lambda *args: apply(*args)[1], PARAMS, STATES, batches)
+    with pytest.raises(TypeError, match=r"new states \(tuple\) in another structure .* given \(list\)"):
+        jbn.recalibrate(lambda *args: (None, tuple(apply(*args)[1])), PARAMS, STATES, batches)
+    with pytest.raises(TypeError, match=r"states is a list without a jbn.State in it; is the order right\?"):
+        jbn.recalibrate(apply, STATES, PARAMS, batches)
+    with pytest.raises(ValueError, match=r"passes is 0; expected an int of at least 1"):
+        jbn.recalibrate(apply, PARAMS, STATES, batches, passes=0)
