@@ -118,7 +118,7 @@ def with_torch(config, x, dy, compiled):
     """One pass of PyTorch, channels last where x is, on the GPU if JAX has one."""
     import torch
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
     dtype = getattr(torch, config.dtype)
     features = x.shape[config.axis]

@@ -115,7 +115,7 @@ def torch_step(config, images, labels, compiled):
     from torch import nn
     from torch.nn import functional
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
     dtype = getattr(torch, config.dtype)
 

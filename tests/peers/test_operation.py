@@ -49,11 +49,15 @@ def test_all_that_peers_are_asked_for(small, what):
         function()
 
 
-def test_compiled_torch_computes_the_same(small, monkeypatch):
-    """What is timed on a GPU alone, with a compiler that needs none."""
+def test_what_a_gpu_adds(small, monkeypatch):
+    """The shapes of ResNet-50, PyTorch compiled, and copies by JAX, all on the CPU."""
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(operation.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(operation, "RESNET_50", ((4, 3, 3, 5),))
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    operation.prepare(small, operation.SHAPES[0], ["jbn", operation.COMPILED_TORCH])
+    assert operation.installed(operation.COMPILED_TORCH)
+    found = operation.measure(dataclasses.replace(small, dtype="bfloat16"), ["jbn", *PEERS[-1:], "torch compiled"])
+    assert set(found["alone"]["4x3x3x5"]) == {"jbn", "torch", "torch compiled", "floor"}
 
 
 def test_the_floor_is_copies():

@@ -1,0 +1,55 @@
+"""What the compiler reports of memory and its traffic on a CPU: none of it depends on the clock.
+
+The figures are exact for the version of JAX in constraints.txt, and are not looked at with another.
+"""
+
+from pathlib import Path
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jbn
+
+PINNED = Path(__file__).resolve().parents[1].joinpath("constraints.txt").read_text().splitlines()
+pytestmark = pytest.mark.skipif(f"jax=={jax.__version__}" not in PINNED, reason="figures of the pinned version of JAX")
+SHAPE = (64, 8, 8, 16)
+BYTES = 4 * np.prod(SHAPE)
+
+
+def one(after, train=True):
+    """The compiled program of one normalization, and of what comes `after` it, forward and, in training, backward."""
+    x = dy = jnp.ones(SHAPE)
+    params, state = jbn.init(SHAPE[-1])
+
+    def forward(x, params):
+        y, new = jbn.batch_norm(x, params, state, train=train)
+        return after(y, x), new
+
+    def step(x, dy, params):
+        if not train:
+            return forward(x, params)[0]
+        y, pullback, new = jax.vjp(forward, x, params, has_aux=True)
+        return y, new, pullback(dy)
+
+    return jax.jit(step).lower(x, dy, params).compile()
+
+
+# Arrays of the size of x that are read or written. Training: x for each of the two sums; x and y; dy for its sum; dy
+# and x for the other; dy, x and dx. With relu, dy is masked first, by what x says: x, dy, and the masked dy.
+PASSES = {
+    "training": (lambda y, x: y, True, 10),
+    "training and relu": (lambda y, x: jax.nn.relu(y), True, 13),
+    "training, residual and relu": (lambda y, x: jax.nn.relu(y + x), True, 13),
+    "evaluation": (lambda y, x: y, False, 2),
+    "evaluation, residual and relu": (lambda y, x: jax.nn.relu(y + x), False, 2),
+}
+
+
+@pytest.mark.parametrize(("after", "train", "passes"), PASSES.values(), ids=PASSES)
+def test_passes_over_x(after, train, passes):
+    compiled = one(after, train)
+    assert round(hlo.traffic(compiled.as_text())[hlo.ONCE] / BYTES, 1) == passes
+    assert compiled.memory_analysis().temp_size_in_bytes < (0.1 if passes < 13 else 1.1) * BYTES
