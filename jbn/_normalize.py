@@ -82,8 +82,7 @@ def normalize_batch(
     check_groups(groups, x, axes)
     check_more_than_one(x, axes, pool, groups)
     operands = x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
-    # Outside of jit the conditionals within would be compiled anew at every call.
-    rule = partial(jax.jit(normalize_by_batch, static_argnums=(0, 1, 2), inline=True), axes, pool, standardize)
+    rule = partial(normalize_by_batch, axes, pool, standardize)
     y, moments = rule(*operands) if groups == 1 else in_groups(rule, groups, interleaved, *operands)
     return y, lax.stop_gradient(moments)
 
