@@ -84,6 +84,7 @@ def step_of(what, normalize, mask, x, dy, scale, bias, mean, var):
 
     def forward(x, scale, bias):
         y, *running = normalize(x, scale, bias, mean, var, mask)
+        y = y.astype(x.dtype)  # some give float32 for bfloat16
         if mask is not None:
             y = jnp.where(mask, y, jnp.zeros_like(y))
         if what == "residual":
@@ -184,17 +185,14 @@ def prepare(config, shape, peers) -> dict:
         mask = jnp.take(x, jnp.array([0]), config.axis) > -0.3
     ways: dict[str, dict] = {"alone": {}, "chained": {}}
     expected: tuple = ()
+    stray = 1e-3 if config.what in ("relu", "residual") else 0  # where y is 0 to rounding, either gradient is right
     tolerance = 1e-3 if config.dtype == "float32" else 0.1  # gradients of scale are sums of up to 131,072 values
 
     def check(name, values):
         for got, wanted in zip(values, expected, strict=False):
-            np.testing.assert_allclose(
-                np.float32(got),
-                np.float32(wanted),
-                rtol=tolerance,
-                atol=tolerance * float(jnp.max(jnp.abs(wanted))),
-                err_msg=name,
-            )
+            got, wanted = np.float32(got), np.float32(wanted)
+            same = np.isclose(got, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+            assert np.mean(~same) <= stray, f"{name} computes something else: {got} for {wanted}"
 
     for name in peers:
         if name in (TORCH, COMPILED_TORCH):
@@ -202,7 +200,7 @@ def prepare(config, shape, peers) -> dict:
             y, *dx = outputs()
             check(name, [y])
             for value in dx:
-                np.testing.assert_allclose(value, np.float32(expected[3]), rtol=tolerance, atol=tolerance)
+                assert np.mean(~np.isclose(value, np.float32(expected[3]), rtol=tolerance, atol=tolerance)) <= stray
             ways["alone"][name] = run
             continue
         normalize = competitors.JAX_PEERS[name](features, config.axis, config.what != "evaluation")

@@ -56,8 +56,8 @@ def test_what_a_gpu_adds(small, monkeypatch):
     monkeypatch.setattr(operation, "RESNET_50", ((4, 3, 3, 5),))
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert operation.installed(operation.COMPILED_TORCH)
-    found = operation.measure(dataclasses.replace(small, dtype="bfloat16"), ["jbn", *PEERS[-1:], "torch compiled"])
-    assert set(found["alone"]["4x3x3x5"]) == {"jbn", "torch", "torch compiled", "floor"}
+    found = operation.measure(dataclasses.replace(small, dtype="bfloat16"), [*PEERS, "torch compiled"])
+    assert set(found["alone"]["4x3x3x5"]) == {*PEERS, "torch compiled", "floor"}
 
 
 def test_the_floor_is_copies():
