@@ -100,6 +100,7 @@ def compiled_step(name, config, images, labels):
     carry = params, state, optimizer.init(params)
     compiled = jax.jit(train, donate_argnums=(0, 1, 2), compiler_options=options).lower(*carry).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
 
     def step():
         nonlocal carry
@@ -134,7 +135,8 @@ def torch_step(config, images, labels, compiled):
 
     blocks = [Block(*widths_and_stride) for _, *widths_and_stride in model.blocks(config.depth)]
     body = nn.Sequential(unit(3, model.WIDTHS[0], 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network = nn.Sequential(body, nn.Linear(model.WIDTHS[-1], 10)).to(device, memory_format=torch.channels_last)
+    network = nn.Sequential(body, nn.Linear(model.WIDTHS[-1], 10)).to(device)
+    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2).to(device)
     y = torch.from_numpy(np.array(labels)).long().to(device)
