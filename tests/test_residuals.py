@@ -19,7 +19,7 @@ FUNCTIONS = {
     "normalize_running": jbn.normalize_running,
     "batch_norm": lambda *args, **options: jbn.batch_norm(*args, train=True, **options),
 }
-halves = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 
 
 def kept(f, *args):
@@ -41,7 +41,7 @@ def inputs(dtype):
     return jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), dtype), params, state
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@dtypes
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_x_and_vectors(function, weights, dtype):
@@ -59,7 +59,7 @@ def test_x_and_vectors(function, weights, dtype):
     assert small <= {(), SHAPE[-1:]} | of_weights
 
 
-@halves
+@dtypes
 def test_the_gradient_of_weights_keeps_no_more(dtype):
     x, params, _ = inputs(dtype)
     weights = jnp.asarray(WEIGHTS["real"][:, None])
@@ -67,12 +67,12 @@ def test_the_gradient_of_weights_keeps_no_more(dtype):
     assert large(kept(f, x, params, weights)) == [(SHAPE, dtype)]
 
 
-@halves
+@dtypes
 def test_moments(dtype):
     assert large(kept(lambda x: jbn.moments(x)[:3], inputs(dtype)[0])) == [(SHAPE, dtype)]
 
 
-@halves
+@dtypes
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("weights", [None, WEIGHTS["mask"]], ids=["plain", "mask"])
 def test_synchronized(check_vma, weights, dtype):
@@ -87,7 +87,7 @@ def test_synchronized(check_vma, weights, dtype):
     assert large(kept(lambda x, params: f(x, params, state, weights), x, params)) == [(SHAPE, dtype)]
 
 
-@halves
+@dtypes
 def test_scan_keeps_one_array_a_step(dtype):
     x, params, state = inputs(dtype)
 
