@@ -114,7 +114,9 @@ def main():
     parser.add_argument("--devices", type=int, required=True, help="of each process")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    # Most of the time is compiling: the last optimizations change no number beyond rounding.
+    count = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ["XLA_FLAGS"] = f"{count} --xla_backend_optimization_level=0"
     import jax  # reads both
 
     patience = 30  # seconds, rather than minutes, until the loss of a process is seen

@@ -32,6 +32,10 @@ SMALL = [
 SECONDS = 300  # no wait in these tests is longer
 
 
+COUNT = "--xla_force_host_platform_device_count"
+QUICK = "--xla_backend_optimization_level=0"  # most of the time is compiling
+
+
 class Launcher:
     """Starts the program without network, with a cache of compiled programs that all runs share."""
 
@@ -53,7 +57,7 @@ class Launcher:
             command = [sys.executable, "-c", f"{code}runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"]
         return subprocess.Popen(
             [*command, *settings, *map(str, arguments)],
-            env=self.environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            env=self.environment | {"XLA_FLAGS": f"{COUNT}={devices} {QUICK}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
