@@ -84,7 +84,8 @@ def test_a_small_network(mesh, mode):
         compiled = resnet50.make_step(kind, mesh, mode, **SMALL).lower(*arguments).compile()
         counted[norm] = communication.count(compiled.as_text(), mesh.size)
     jbn, flax = counted["jbn"], counted["flax fast"]
-    rare = 4 * sum(2 * size for size in FEATURES) if mode == "jit" else 0
+    # Where a mean is far from 0, on CPU: both sums about it forward, and one backward.
+    rare = 4 * sum(3 * size for size in FEATURES) if mode == "jit" else 0
     looped = 4 * sum(2 * size + 1 for size in FEATURES) if mode == "shard_map" else 0
     assert (jbn["norm_bytes"]["branch"], jbn["norm_bytes"]["loop"]) == (rare, looped)
     assert jbn["norm_bytes"]["once"] + looped <= flax["norm_bytes"]["once"]
