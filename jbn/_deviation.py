@@ -6,6 +6,8 @@ of x for every layer. There the sum is taken as sum(dy * x) - mean * sum(dy) ins
 a mean is so far from 0 that the difference would lose digits.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,8 +42,12 @@ def _tangent(primals, tangents):
 
 
 def _transpose(dy, x, mean, slope, far):
-    axes = [axis for axis, size in enumerate(mean.shape) if size == 1]
+    axes = tuple(axis for axis, size in enumerate(mean.shape) if size == 1)
+    return None, None, _slope_gradient(axes, x, mean, dy, far), None
 
+
+@partial(jax.jit, static_argnums=0, inline=True)  # as `measure` is
+def _slope_gradient(axes, x, mean, dy, far):
     def total(values):
         return jnp.sum(values, axes, keepdims=True)
 
@@ -52,7 +58,7 @@ def _transpose(dy, x, mean, slope, far):
         near = total(dy * x.astype(dy.dtype)) - mean * total(dy)
         return lax.cond(far, exact, lambda *_: near, x, mean, dy, far)
 
-    return None, None, lax.platform_dependent(x, mean, dy, far, cpu=guarded, default=exact), None
+    return lax.platform_dependent(x, mean, dy, far, cpu=guarded, default=exact)
 
 
 def _batch(operands, axes):

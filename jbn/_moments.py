@@ -63,8 +63,7 @@ def moments(
       (2.0, [2.0, 20.0], [1.0, 100.0])
     """
     x, weights, axes = check_batch(x, feature_axis, weights)
-    compiled = jax.jit(_moments, static_argnums=(0, 1), inline=True)  # called outside of jit, its condition compiles
-    return compiled(axes, check_pool(axis_name, axis_index_groups), x, weights)
+    return _moments(axes, check_pool(axis_name, axis_index_groups), x, weights)
 
 
 def merge(*moments: Moments) -> Moments:
@@ -168,6 +167,7 @@ def materialize(primals, tangents) -> tuple:
     return x_dot, None if isinstance(weights_dot, SymbolicZero) else weights_dot, *rest_dot
 
 
+@partial(jax.jit, static_argnums=(2, 3), inline=True)  # or the condition is compiled at each call outside of jit
 def measure(x, weights, axes, pool) -> Moments:
     """The moments of `x` [...] over `axes` and the devices of the pool."""
     dtype = statistics_dtype(x.dtype)

@@ -156,3 +156,27 @@ def test_init():
     with jax.enable_x64(True):
         assert jbn.init(4, dtype=jnp.float64)[1].mean.dtype == jnp.float64
         assert jbn.init(4)[1].mean.dtype == jnp.float32
+
+
+def test_called_again_outside_of_jit_nothing_is_compiled():
+    compiled = []
+
+    def listen(event, duration, **_):
+        compiled.extend([event] * ("backend_compile" in event))
+
+    def step(weights=None):
+        def loss(x):
+            y, state = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=weights)
+            return jnp.sum(y), (y, state)
+
+        return jax.grad(loss, has_aux=True)(sample((9, FEATURES)))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        first = step(), step(np.arange(9) < 5)
+        assert compiled
+        compiled.clear()
+        assert_same((step(), step(np.arange(9) < 5)), first)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
