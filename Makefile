@@ -12,8 +12,8 @@ help: ## List the targets (the default)
 train: .venv/.examples ## Train a ResNet on CIFAR-10; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
 
-test: .venv/.test ## Run the tests
-	$(BIN)/python -m pytest --ignore=tests/peers $(ARGS)
+test: .venv/.test ## Run the tests, two files at a time
+	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras
 	$(BIN)/python -m pytest tests/peers $(ARGS)

@@ -48,6 +48,10 @@ class Launcher:
             "no_proxy": "127.0.0.1",
         }
 
+    def quick(self, devices: int = 1) -> dict[str, str]:
+        """The environment of a process that compiles as little as can be."""
+        return self.environment | {"XLA_FLAGS": f"{COUNT}={devices} {QUICK}"}
+
     def start(self, *arguments, devices: int = 2, before: str = "") -> subprocess.Popen:
         """One process, which runs the Python statements in `before` first."""
         settings = [] if "--resume" in arguments else [*SMALL, "--cache", str(self.cache)]
@@ -57,7 +61,7 @@ class Launcher:
             command = [sys.executable, "-c", f"{code}runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"]
         return subprocess.Popen(
             [*command, *settings, *map(str, arguments)],
-            env=self.environment | {"XLA_FLAGS": f"{COUNT}={devices} {QUICK}"},
+            env=self.quick(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
