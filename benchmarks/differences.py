@@ -156,6 +156,72 @@ def states() -> Table:
     return table
 
 
+def renormalized() -> Table:
+    """Batch renormalization beside Keras's `renorm=True`, each of six steps from the same running statistics."""
+    import keras
+
+    clipping = {"rmax": 1.5, "rmin": 1 / 1.5, "dmax": 0.5}
+    layer = keras.layers.BatchNormalization(epsilon=EPSILON, renorm=True, renorm_momentum=0.8, renorm_clipping=clipping)
+    layer.build((None, FEATURES))
+    params, _ = jbn.init(FEATURES)
+    random, found = np.random.default_rng(0), []
+    for step in range(6):
+        x = jnp.asarray((1 + step) * (1 + random.standard_normal((32, FEATURES))), jnp.float32)
+        # From the statistics of Keras, which averages the deviation where jbn averages the variance.
+        state = jbn.State(layer.renorm_mean.value, layer.renorm_stddev.value**2 - EPSILON, jnp.ones(()))
+        y, state = jbn.batch_renorm(x, params, state, train=True, r_max=1.5, d_max=0.5, decay=0.8)
+        found.append([jnp.abs(y - layer(x, training=True)).max(), jnp.abs(state.mean - layer.renorm_mean.value).max()])
+    table = Table("output", "running mean", title="batch renormalization: largest difference from Keras in six steps")
+    table.add_row(*(f"{value:.0e}" for value in np.max(found, 0)))
+    return table
+
+
+def recalibrated() -> Table:
+    """Statistics of two layers over the same 256 rows in two cuts, beside PyTorch's `update_bn`, against float64."""
+    import torch
+
+    random = np.random.default_rng(0)
+    rows = random.normal(2, 3, (256, 3)).astype(np.float32)
+    rows[:100] += 4  # the batches differ
+    kernels = [random.standard_normal(shape).astype(np.float32) for shape in ((3, 8), (8, 5))]
+    exact, x = [], rows.astype(np.float64)
+    for kernel in kernels:
+        x = x @ kernel
+        exact.append(x.var(0, ddof=1))
+        x = np.tanh((x - x.mean(0)) / np.sqrt(exact[-1] + EPSILON))
+
+    def apply(kernels, states, x):
+        after = []
+        for kernel, state in zip(kernels, states, strict=True):
+            x, state = jbn.batch_norm(x @ kernel, jbn.Params(None, None), state, train=True)
+            x, after = jnp.tanh(x), [*after, state]
+        return x, after
+
+    def ours(batches):
+        return [state.var for state in jbn.recalibrate(apply, kernels, [jbn.init(8)[1], jbn.init(5)[1]], batches)]
+
+    def theirs(batches):
+        layers = []
+        for kernel in kernels:
+            linear = torch.nn.Linear(*kernel.shape, bias=False)
+            linear.weight.data = torch.from_numpy(kernel.T.copy())
+            layers += [linear, torch.nn.BatchNorm1d(kernel.shape[1]), torch.nn.Tanh()]
+        torch.optim.swa_utils.update_bn(map(torch.from_numpy, batches), torch.nn.Sequential(*layers))
+        return [layers[index].running_var.numpy() for index in (1, 4)]
+
+    table = Table("cut of 256 rows", *(f"{who}, layer {layer}" for who in ("jbn", "torch") for layer in (1, 2)))
+    table.title = "recalibrated: largest relative error of the variance"
+    for sizes in ([32] * 8, [2, 2, 4, 8, 16, 32, 64, 128]):
+        batches = np.split(rows, np.cumsum(sizes)[:-1])
+        errors = (
+            np.abs(np.asarray(a) / b - 1).max()
+            for each in (ours, theirs)
+            for a, b in zip(each(batches), exact, strict=True)
+        )
+        table.add_row(str(sizes) if sizes[0] != 32 else "8 x 32", *(f"{error:.0e}" for error in errors))
+    return table
+
+
 def main() -> None:
     names = [name for name in IMPLEMENTATIONS if importlib.util.find_spec(name.split(",")[0])]
     for name in IMPLEMENTATIONS.keys() - set(names):
@@ -167,6 +233,10 @@ def main() -> None:
     console.print(memory([name for name in names if name != "torch"]))
     if "flax" in names:
         console.print(states())
+    if "keras" in names:
+        console.print(renormalized())
+    if "torch" in names:
+        console.print(recalibrated())
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ def normalize(x, mean, var, scale, bias, epsilon=1e-5, feature_axis=-1):
     return (np.asarray(x, np.float64) - mean) / np.sqrt(var + epsilon) * scale + bias
 
 
+def renormalize(x, params, state, r_max, d_max, epsilon=1e-5):
+    """y and r of batch renormalization in float64, as the paper writes it; features last."""
+    _, mean, var = moments(x)
+    deviation, running = np.sqrt(var + epsilon), np.sqrt(np.float64(state.var) + epsilon)
+    r = np.clip(deviation / running, 1 / r_max, r_max)
+    d = np.clip((mean - np.float64(state.mean)) / running, -d_max, d_max)
+    xhat = (np.float64(x) - mean) / deviation
+    return np.float64(params.scale) * (xhat * r + d) + np.float64(params.bias), r
+
+
 def gradients(x, dy, scale, epsilon=1e-5, weights=None, feature_axis=-1):
     """dx, dscale and dbias by the closed form of Ioffe & Szegedy 2015, weighted."""
     axes = reduced_axes(np.ndim(x), feature_axis)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ways
-from reference import gradients, moments, update
+from reference import gradients, moments, renormalize, update
 
 import jbn
 
@@ -17,16 +17,6 @@ DY = jnp.asarray(RANDOM.standard_normal(X.shape), jnp.float32)
 PARAMS = jbn.Params(jnp.linspace(0.5, 2, 3), jnp.linspace(-1, 1, 3))
 STATE = jbn.State(jnp.array([1.0, 2.5, -4.0]), jnp.array([1.0, 9.0, 0.04]), jnp.array(0.7))
 EPSILON = 1e-5
-
-
-def reference(x, params, state, r_max, d_max, epsilon=EPSILON):
-    """y and r in float64, as the paper writes it."""
-    x = np.float64(x)
-    mean, deviation = x.mean((0, 1)), np.sqrt(x.var((0, 1)) + epsilon)
-    running = np.sqrt(np.float64(state.var) + epsilon)
-    r = np.clip(deviation / running, 1 / r_max, r_max)
-    d = np.clip((mean - np.float64(state.mean)) / running, -d_max, d_max)
-    return np.float64(params.scale) * ((x - mean) / deviation * r + d) + np.float64(params.bias), r
 
 
 def train(x, params, state, dy, **options):
@@ -41,7 +31,7 @@ def train(x, params, state, dy, **options):
 def test_the_formula_and_its_gradient(r_max, d_max):
     run = jax.jit(partial(train, r_max=r_max, d_max=d_max))
     y, after, (dx, dparams) = run(X, PARAMS, STATE, DY)
-    expected, r = reference(X, PARAMS, STATE, r_max, d_max)
+    expected, r = renormalize(X, PARAMS, STATE, r_max, d_max)
     np.testing.assert_allclose(y, expected, atol=2e-5)  # float32, outputs up to 30
     # r and d carry no gradient: dx is that of batch norm with the scale times r, dscale = sum(dy (y - bias) / scale)
     _, backward = jax.vjp(lambda x: jbn.normalize_batch(x, PARAMS._replace(scale=PARAMS.scale * r))[0], X)
@@ -92,7 +82,7 @@ def test_limits_may_be_traced_and_follow_the_paper():
     for step, r_max, d_max in [(0, 1, 0), (5_000, 1, 0), (25_000, 1 + 2 * 20 / 35, 5), (40_000, 3, 5), (10**6, 3, 5)]:
         found = run(step)
         np.testing.assert_allclose(found[:2], (r_max, d_max), rtol=1e-6)
-        np.testing.assert_allclose(found[2], reference(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
+        np.testing.assert_allclose(found[2], renormalize(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("way", ["one device", "vmap", "shard_map", "shard_map unchecked", "automatic"])
@@ -103,7 +93,7 @@ def test_masked_and_split_it_is_that_of_the_valid_rows(way):
     y, after, dx, dparams = ways.runner(way, jbn.batch_renorm)(x, mask, DY, PARAMS, STATE)
     assert not y[~mask].any() and not dx[~mask].any()
     valid, dy = (np.float64(a)[mask][None] for a in (X, DY))
-    expected, r = reference(valid, PARAMS, STATE, 3.0, 5.0)
+    expected, r = renormalize(valid, PARAMS, STATE, 3.0, 5.0)
     corrected = (expected - np.float64(PARAMS.bias)) / np.float64(PARAMS.scale)
     got = y[mask], dx[mask], *after, *dparams
     wanted = (

@@ -60,7 +60,8 @@ def test_a_process_that_hangs_ends_the_other(launcher, tmp_path):
     second.kill()
     second.communicate()
     assert time.monotonic() - stopped < 90  # the heartbeat's 20 s, and as much for the news to get around
-    assert first.returncode != 0 and "another task died" in output, output
+    # JAX ends the process, or what waited for the other raises first.
+    assert first.returncode != 0 and ("another task died" in output or "another process is lost" in output), output
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 2)])

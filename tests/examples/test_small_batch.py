@@ -1,0 +1,134 @@
+"""The experiment on small batches: its normalizations, its record, and a tiny one that is killed and goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import remedies
+from program import finish, wait_for
+from small_batch_record import LINES, MOMENTS, Network, Record
+
+import jbn
+
+ROOT = Path(__file__).parents[2]
+RANDOM = np.random.default_rng(0)
+SIZE = 2
+X = jnp.asarray(RANDOM.normal(1, 2, (6, 3, 3, 16)), jnp.float32)
+PARAMS = jbn.Params(jnp.linspace(0.5, 2, 16), jnp.linspace(-1, 1, 16))
+STATE = jbn.State(jnp.linspace(0, 2, 16), jnp.linspace(1, 9, 16), jnp.array(0.7))
+WORKERS = np.split(np.asarray(X), 3)
+
+
+def by_own_statistics(x):
+    _, mean, var = reference.moments(x)
+    return reference.normalize(x, mean, var, *PARAMS)
+
+
+def in_groups(x):
+    """Group norm of one image, as it is written: statistics over places and neighbouring features."""
+    parts = np.asarray(x, np.float64).reshape(9, 8, 2)
+    mean, var = parts.mean((0, 2), keepdims=True), parts.var((0, 2), keepdims=True)
+    return ((parts - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * np.asarray(PARAMS.scale) + np.asarray(PARAMS.bias)
+
+
+EXPECTED = {
+    "apart": [by_own_statistics(part) for part in WORKERS],
+    "synchronized": by_own_statistics(X),
+    "renormalized": [reference.renormalize(part, PARAMS, STATE, 1.5, 0.2)[0] for part in WORKERS],
+    "group_norm": [in_groups(image) for image in X],
+    "nothing": np.asarray(X) * np.asarray(PARAMS.scale) + np.asarray(PARAMS.bias),
+}
+
+
+@pytest.mark.parametrize("name", remedies.RUNNING)
+def test_what_each_normalizes_by_and_keeps(name):
+    states = dict.fromkeys(remedies.RUNNING[name], STATE)
+    y, after = jax.jit(getattr(remedies, name), static_argnums=3)(X, PARAMS, states, SIZE, (1.5, 0.2))
+    np.testing.assert_allclose(y, np.reshape(EXPECTED[name], X.shape), atol=2e-5)  # float32, one pass
+    assert set(after) == set(states)
+    for whose, images in {"one worker": WORKERS[0], "all workers": X}.items():
+        if whose in after:
+            expected = reference.update(STATE, reference.moments(images))
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after[whose], jbn.State(*expected))
+
+
+FACTS = {"hardware": "one", "dataset": "two", "settings": {"sizes": [2, 8], "batch": 8, "seeds": 2}}
+
+
+def found(accuracy):
+    return {moment: {line.statistics: accuracy for line in LINES} for moment in MOMENTS}
+
+
+def test_a_record_tells_mean_and_standard_deviation_over_the_seeds(tmp_path):
+    record = Record(tmp_path / "folder" / "record.json", FACTS)
+    for seed, accuracy in enumerate((0.5, 0.52)):
+        record.add(Network("apart", 2, seed), found(accuracy), 1.0)
+        record.add(Network("apart", 8, seed), found(accuracy + 0.2), 1.0)
+        record.add(Network("nothing", 8, seed), found(accuracy / 2), 1.0)
+    again = Record(record.path, FACTS)
+    assert again.rows == record.rows
+    rows = again.markdown("end").splitlines()
+    assert rows[0] == "| images of a worker | 2 | 8 |"
+    assert "| batch norm, recalibrated | 51.0 ± 1.4 | 71.0 ± 1.4 |" in rows
+    assert "| scale and bias alone | 25.5 ± 0.7 | 25.5 ± 0.7 |" in rows  # the size is nothing to it
+    assert "| group norm |  |  |" in rows
+    again.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_record_goes_on_only_with_what_it_was_begun_with(tmp_path):
+    Record(tmp_path / "record.json", FACTS).add(Network("apart", 2, 0), found(0.5), 1.0)
+    with pytest.raises(ValueError, match=r"begun with dataset two, not three; take another --name"):
+        Record(tmp_path / "record.json", FACTS | {"dataset": "three"})
+
+
+@pytest.mark.parametrize(
+    ("name", "moments", "networks"), [("small_batch", MOMENTS, 57), ("small_batch_rate_0.2", ["end"], 21)]
+)
+def test_the_page_shows_what_was_recorded(name, moments, networks):
+    path = ROOT / "docs" / f"{name}.json"
+    content = json.loads(path.read_text())
+    record, page = Record(path, content), (ROOT / "docs" / "small-batch.md").read_text()
+    assert content["settings"]["seeds"] == 3 and len(record.rows) == networks
+    for moment in moments:
+        assert record.markdown(moment) in page
+
+
+TINY = [f"--{name}={count}" for name, count in {"images": 16, "batch": 4, "sizes": 2, "epochs": 2, "seeds": 1}.items()]
+
+
+def test_a_tiny_one_is_killed_and_goes_on(launcher, tmp_path):
+    path = tmp_path / "small_batch.json"
+
+    def start(*more):
+        command = [sys.executable, ROOT / "benchmarks" / "small_batch.py", "--folder", tmp_path, *TINY, *more]
+        return subprocess.Popen(
+            command, env=launcher.quick(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    first = start()
+    wait_for(first, path.exists)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = json.loads(path.read_text())["networks"]
+    assert 1 <= len(before) < 5
+
+    (output,) = finish(start())
+    networks = json.loads(path.read_text())["networks"]
+    assert networks[: len(before)] == before
+    assert f"1 of {5 - len(before)}: " in output and f"1 of {6 - len(before)}: " not in output
+    assert {row["network"][0] for row in networks} == set(remedies.RUNNING) and len(networks) == 5
+    for line in LINES:
+        (accuracy,) = (row["accuracy"] for row in networks if row["network"][0] == line.remedy)
+        assert all(0 < accuracy[moment][line.statistics] < 1 for moment in MOMENTS)
+    assert (tmp_path / "small_batch.png").stat().st_size > 1000
+
+    refused = start("--batch=5")
+    assert "sizes has 2; expected divisors of the batch of 5" in refused.communicate()[0] and refused.returncode == 1
