@@ -1,18 +1,19 @@
-"""The experiment on small batches: its normalizations, its record, and a tiny one that is killed and goes on."""
+"""The experiment on small batches: its normalizations, its record, and a tiny one."""
 
+import dataclasses
 import json
-import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
+import data
 import jax
 import jax.numpy as jnp
+import model
 import numpy as np
 import pytest
 import reference
 import remedies
-from program import finish, wait_for
+import small_batch
 from small_batch_record import LINES, MOMENTS, Network, Record
 
 import jbn
@@ -101,34 +102,55 @@ def test_the_page_shows_what_was_recorded(name, moments, networks):
         assert record.markdown(moment) in page
 
 
-TINY = [f"--{name}={count}" for name, count in {"images": 16, "batch": 4, "sizes": 2, "epochs": 2, "seeds": 1}.items()]
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Networks of one block and a few images."""
+    monkeypatch.setattr(data, "embedded", partial(data.embedded, train=16, test=50))
+    monkeypatch.setattr(model, "blocks", lambda depth: [("block", 16, 64, 2)])
+    return small_batch.Config(folder=tmp_path, sizes=(2,), batch=4, images=16, epochs=2, seeds=1)
 
 
-def test_a_tiny_one_is_killed_and_goes_on(launcher, tmp_path):
-    path = tmp_path / "small_batch.json"
-
-    def start(*more):
-        command = [sys.executable, ROOT / "benchmarks" / "small_batch.py", "--folder", tmp_path, *TINY, *more]
-        return subprocess.Popen(
-            command, env=launcher.quick(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    first = start()
-    wait_for(first, path.exists)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    before = json.loads(path.read_text())["networks"]
-    assert 1 <= len(before) < 5
-
-    (output,) = finish(start())
-    networks = json.loads(path.read_text())["networks"]
-    assert networks[: len(before)] == before
-    assert f"1 of {5 - len(before)}: " in output and f"1 of {6 - len(before)}: " not in output
-    assert {row["network"][0] for row in networks} == set(remedies.RUNNING) and len(networks) == 5
+def test_a_tiny_one_trains_and_evaluates_all(tiny, capsys):
+    small_batch.main(tiny)
+    rows = json.loads((tiny.folder / "small_batch.json").read_text())["networks"]
+    assert [row["network"][0] for row in rows] == ["apart", "renormalized", "synchronized", "group_norm", "nothing"]
+    accuracies = {row["network"][0]: row["accuracy"] for row in rows}
     for line in LINES:
-        (accuracy,) = (row["accuracy"] for row in networks if row["network"][0] == line.remedy)
-        assert all(0 < accuracy[moment][line.statistics] < 1 for moment in MOMENTS)
-    assert (tmp_path / "small_batch.png").stat().st_size > 1000
+        assert all(0 <= accuracies[line.remedy][moment][line.statistics] <= 1 for moment in MOMENTS)
+    assert "| batch norm, recalibrated |" in capsys.readouterr().out
+    assert (tiny.folder / "small_batch.png").stat().st_size > 1000
 
-    refused = start("--batch=5")
-    assert "sizes has 2; expected divisors of the batch of 5" in refused.communicate()[0] and refused.returncode == 1
+
+def test_stopped_it_goes_on_after_the_last_that_was_finished(tiny, monkeypatch, capsys):
+    trained = []
+
+    def experiment(config, dataset):
+        def run(network, after_step):
+            if len(trained) == 2:
+                trained.append("stopped")
+                raise KeyboardInterrupt
+            trained.append(network)
+            return found(0.5)
+
+        return run
+
+    monkeypatch.setattr(small_batch, "experiment", experiment)
+    with pytest.raises(SystemExit, match="130"):
+        small_batch.main(tiny)
+    assert "keeps 2 networks; the same command goes on" in capsys.readouterr().err
+    for _ in range(2):  # the second time all is there
+        small_batch.main(tiny)
+        assert [network for network in trained if network != "stopped"] == small_batch.networks(tiny)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": (3,)}, "sizes has 3; expected divisors of the batch of 4"),
+        ({"epochs": 1}, "1 epochs of 16 images are 4 steps; expected 5"),
+        ({"data": Path("nowhere")}, "nowhere/data_batch_1.bin is missing"),
+    ],
+)
+def test_refusals_say_what_to_do(tiny, change, message):
+    with pytest.raises(SystemExit, match=message):
+        small_batch.main(dataclasses.replace(tiny, **change))
