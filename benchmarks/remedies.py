@@ -12,7 +12,7 @@ import jbn
 CHANNEL_GROUPS = 8  # of group norm
 
 
-def apart(x, params, states, size, limits):
+def batch_norm(x, params, states, size, limits):
     """Batch norm, each worker by its own statistics; the running ones of one worker, and as `groups` pools them."""
     y, measured = jbn.normalize_batch(x, params, groups=len(x) // size)
     one_worker = jbn.update(states["one worker"], jbn.moments(x[:size]))
@@ -46,7 +46,7 @@ def group_norm(x, params, states, size, limits):
     return y.reshape(x.shape) * params.scale + params.bias, states
 
 
-def nothing(x, params, states, size, limits):
+def scale_and_bias(x, params, states, size, limits):
     """Scale and bias alone."""
     return x * params.scale + params.bias, states
 
@@ -56,9 +56,9 @@ def cut(x, size):
 
 
 RUNNING = {  # of each, the states that it keeps
-    "apart": ("one worker", "all workers"),
+    "batch_norm": ("one worker", "all workers"),
     "synchronized": ("all workers",),
     "renormalized": ("all workers",),
     "group_norm": (),
-    "nothing": (),
+    "scale_and_bias": (),
 }

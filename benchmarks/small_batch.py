@@ -4,9 +4,10 @@
 
 Each step takes one batch of 128 images, shared by workers of 2, 4, ... images each: the gradient is always that of 128
 images, and only what normalizes them differs (remedies.py). For each seed all start from the same kernels and see the
-same images in the same order. Networks are evaluated with their running statistics and with the exact ones of training
-images, after half of the steps, where the learning rate is high, and after the last, where it is zero. Images are
-halved in width and height, so that two CPU cores can do all of it in half an hour.
+same images in the same order. Networks are evaluated with their running statistics and with those that
+`jbn.recalibrate` takes of training images, after half of the steps, where the learning rate is high, and after the
+last, where it is zero. Images are halved in width and height, so that two CPU cores do all of it in half an hour.
+Trainings that are one computation but for rounding, synchronized of any size and one worker, tell the noise.
 
 Stopped at any time, the same command goes on after the last network that was finished.
 """
@@ -56,8 +57,11 @@ class Config:
     images: int = 12_800
     """Training images, the first ones."""
     epochs: int = 5
+    """Times each image is seen."""
     seeds: int = 3
+    """Trainings of each kind."""
     depth: model.Depth = 8
+    """Layers of the network."""
     peak_rate: float = 0.5
     """Highest learning rate of the one-cycle schedule."""
     bare_rate: float = 0.2
@@ -71,15 +75,15 @@ def networks(config: Config) -> list[Network]:
     found = []
     for seed in range(config.seeds):
         for size in config.sizes:
-            found += [Network("apart", size, seed), Network("renormalized", size, seed)]
+            found += [Network("batch_norm", size, seed), Network("renormalized", size, seed)]
             if size < config.batch:
                 found.append(Network("synchronized", size, seed))
-        found += [Network(remedy, config.batch, seed) for remedy in ("group_norm", "nothing")]
+        found += [Network(remedy, config.batch, seed) for remedy in ("group_norm", "scale_and_bias")]
     return found
 
 
 def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Callable], dict]:
-    """A function that trains a network, calls another after every step, and gives accuracies by moment and statistics.
+    """A function that trains a network, calls another after every step, and gives accuracies by stage and statistics.
 
     Each program is compiled once, when it is first needed.
     """
@@ -91,7 +95,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
     compiled = partial(jax.jit, compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None)
 
     def optimizer(remedy):
-        rate = config.bare_rate if remedy == "nothing" else config.peak_rate
+        rate = config.bare_rate if remedy == "scale_and_bias" else config.peak_rate
         return steps.make_optimizer(rate, total, momentum=0.9, weight_decay=5e-4)
 
     def halved(images):
@@ -163,8 +167,9 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
                 carry, value = train(remedy, size, carry, dataset.train_images[rows], dataset.train_labels[rows], key)
                 float(value)  # or steps would pile up before the device
                 after_step()
-                if epoch * per_epoch + step + 1 in (total // 2, total):
-                    found["halfway" if not found else "end"] = accuracies(remedy, carry.params, carry.state)
+                stage = {total // 2: "halfway", total: "end"}.get(epoch * per_epoch + step + 1)
+                if stage:
+                    found[stage] = accuracies(remedy, carry.params, carry.state)
         return found
 
     return run
@@ -193,6 +198,12 @@ def train_all(left: list[Network], record: Record, run: Callable, total: int) ->
 
 
 def main(config: Config) -> None:
+    counts = {name: getattr(config, name) for name in ("batch", "images", "epochs", "seeds", "recalibration_images")}
+    for name, count in counts.items():
+        if count < 1:
+            sys.exit(f"error: {name} is {count}; expected at least 1.")
+    if not config.sizes or len(set(config.sizes)) < len(config.sizes):
+        sys.exit(f"error: sizes is {config.sizes}; expected each size once.")
     for size in config.sizes:
         if size < 1 or config.batch % size:
             sys.exit(f"error: sizes has {size}; expected divisors of the batch of {config.batch}.")
@@ -207,16 +218,16 @@ def main(config: Config) -> None:
         sys.exit(f"error: {error}")
     total = config.epochs * (len(dataset.train_labels) // config.batch)
     if total < 5:
-        sys.exit(f"error: {config.epochs} epochs of {len(dataset.train_labels)} images are {total} steps; expected 5.")
+        sys.exit(f"error: epochs is {config.epochs} and images {config.images}: {total} steps; expected at least 5.")
     report.console.print(f"{dataset.name}; {hardware}; jax {jax.__version__}")
     left = [network for network in networks(config) if network not in record.rows]
     try:
         train_all(left, record, experiment(config, dataset), total)
     except KeyboardInterrupt:
-        print(f"Stopped. {record.path} keeps {len(record.rows)} networks; the same command goes on.", file=sys.stderr)
+        print(f"Stopped after {len(record.rows)} networks. The same command trains the others.", file=sys.stderr)
         sys.exit(130)
-    for moment in small_batch_record.MOMENTS:
-        print(f"\n{moment}\n\n{record.markdown(moment)}")
+    for stage in small_batch_record.STAGES:
+        print(f"\n{stage}, with a noise of {record.noise(stage)}\n\n{record.markdown(stage)}")
     record.draw(config.folder / f"{config.name}.png")
 
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import remedies
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MOMENTS = ("halfway", "end")
+STAGES = ("halfway", "end")
 
 
 class Network(NamedTuple):
@@ -30,18 +31,22 @@ class Line(NamedTuple):
     color: str
     style: str
 
+    @property
+    def alone(self) -> bool:
+        """Whether each image is treated by itself, so that the size is nothing to it."""
+        return not remedies.RUNNING[self.remedy]
 
-ANY = ("group_norm", "nothing")  # the size of a worker is nothing to them
+
 LINES = (
-    Line("batch norm, running of one worker", "apart", "one worker", "tab:blue", ":"),
-    Line("batch norm with `groups`, running", "apart", "all workers", "tab:blue", "--"),
-    Line("batch norm, recalibrated", "apart", "recalibrated", "tab:blue", "-"),
+    Line("batch norm, running of one worker", "batch_norm", "one worker", "tab:blue", ":"),
+    Line("batch norm with `groups`, running", "batch_norm", "all workers", "tab:blue", "--"),
+    Line("batch norm, recalibrated", "batch_norm", "recalibrated", "tab:blue", "-"),
     Line("renormalized, running", "renormalized", "all workers", "tab:orange", "--"),
     Line("renormalized, recalibrated", "renormalized", "recalibrated", "tab:orange", "-"),
     Line("synchronized, running", "synchronized", "all workers", "tab:green", "--"),
     Line("synchronized, recalibrated", "synchronized", "recalibrated", "tab:green", "-"),
     Line("group norm", "group_norm", "any", "tab:gray", "-"),
-    Line("scale and bias alone", "nothing", "any", "tab:gray", ":"),
+    Line("scale and bias alone", "scale_and_bias", "any", "tab:gray", ":"),
 )
 
 
@@ -49,54 +54,77 @@ class Record:
     """A file that holds what was found so far, written whole or not at all.
 
     Raises:
-      ValueError: the file was begun with other `facts`.
+      ValueError: the file was begun with other `facts`, or is none of these.
+      OSError: the folder cannot be made.
     """
 
     def __init__(self, path: Path, facts: dict):
         self.path, self.facts, self.rows = path, json.loads(json.dumps(facts)), {}
-        if path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        try:
             content = json.loads(path.read_text())
-            for name, value in self.facts.items():
-                if content[name] != value:
-                    raise ValueError(f"{path} was begun with {name} {content[name]}, not {value}; take another --name.")
-            self.rows = {Network(*row.pop("network")): row for row in content["networks"]}
+            rows = {Network(*row.pop("network")): row for row in content["networks"]}
+            was, now = ({**facts, **facts["settings"]} for facts in (content, self.facts))
+            changed = [name for name in now if name != "settings" and was[name] != now[name]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is no record of this program ({error!r}); take another --name.") from error
+        if changed:
+            said = ", ".join(f"{name} {was[name]}, not {now[name]}" for name in changed)
+            raise ValueError(f"{path} was begun with {said}; take another --name.")
+        self.rows = rows
 
     def add(self, network: Network, accuracy: dict, seconds: float) -> None:
-        """Keep the test accuracy, in [0, 1], by moment and statistics."""
+        """Keep the test accuracy, in [0, 1], by stage and statistics."""
         self.rows[network] = {"accuracy": accuracy, "seconds": round(seconds, 1)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".tmp")
         rows = ",\n".join(json.dumps({"network": network, **row}) for network, row in self.rows.items())
         scratch.write_text(f'{json.dumps(self.facts)[:-1]}, "networks": [\n{rows}\n]}}\n')
         scratch.replace(self.path)
 
-    def percent(self, line: Line, size: int, moment: str) -> list[float]:
+    def percent(self, remedy: str, size: int, statistics: str, stage: str) -> list[float]:
         """Test accuracy of every seed."""
-        wanted = (line.remedy, self.facts["settings"]["batch"] if line.remedy in ANY else size)
-        found = [row["accuracy"][moment] for network, row in self.rows.items() if network[:2] == wanted]
-        return [100 * accuracy[line.statistics] for accuracy in found]
+        found = [row["accuracy"][stage] for network, row in self.rows.items() if network[:2] == (remedy, size)]
+        return [100 * accuracy[statistics] for accuracy in found]
 
-    def markdown(self, moment: str) -> str:
+    def by_size(self, line: Line, stage: str) -> list[list[float]]:
+        """Test accuracy of every size and seed."""
+        settings = self.facts["settings"]
+        sizes = [settings["batch"] if line.alone else size for size in settings["sizes"]]
+        return [self.percent(line.remedy, size, line.statistics, stage) for size in sizes]
+
+    def markdown(self, stage: str) -> str:
         """Mean and standard deviation over the seeds, in percent, by size."""
         sizes = self.facts["settings"]["sizes"]
         rows = [["images of a worker", *map(str, sizes)], ["---"] * (1 + len(sizes))]
         for line in LINES:
-            found = [self.percent(line, size, moment) for size in sizes]
-            rows.append([line.name, *(" ± ".join(f"{value:.1f}" for value in spread(values)) for values in found)])
+            found = map(spread, self.by_size(line, stage))
+            rows.append([line.name, *(" ± ".join(f"{value:.1f}" for value in values) for values in found)])
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
+    def noise(self, stage: str) -> str:
+        """Standard deviation, within a seed, of trainings that are one computation but for rounding."""
+        settings, found = self.facts["settings"], []
+        for statistics in ("all workers", "recalibrated"):
+            same = [self.percent("synchronized", size, statistics, stage) for size in settings["sizes"]]
+            same.append(self.percent("batch_norm", settings["batch"], statistics, stage))
+            same = [values for values in same if values]
+            found.append(np.sqrt(np.var(same, 0, ddof=1).mean()) if len(same) > 1 else np.nan)
+        return "{:.1f} points with running statistics, {:.1f} with recalibrated ones".format(*found)
+
     def draw(self, path: Path) -> None:
-        """Mean by size, the standard deviation as a bar, or as a band where no size matters; a panel a moment."""
+        """Mean by size, the standard deviation as a bar, or as a band where no size matters; a panel a stage."""
         sizes = self.facts["settings"]["sizes"]
         figure, axes = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
-        for panel, moment in zip(axes, MOMENTS, strict=True):
+        for panel, stage in zip(axes, STAGES, strict=True):
             for line in LINES:
-                found = [(size, *spread(self.percent(line, size, moment))) for size in sizes]
-                found = [point for point in found if len(point) > 1]
-                if not found:  # none was trained, such as one to synchronize where a worker has the whole batch
+                found = zip(sizes, map(spread, self.by_size(line, stage)), strict=True)
+                found = [(size, *values) for size, values in found if values]
+                if not found:  # no size is smaller than the batch: none to synchronize
                     continue
                 style = {"color": line.color, "linestyle": line.style, "label": line.name.replace("`", "")}
-                if line.remedy in ANY:
+                if line.alone:
                     _, mean, *deviation = found[0]
                     panel.axhline(mean, **style)
                     for half in deviation:
@@ -104,7 +132,7 @@ class Record:
                 else:
                     x, mean, *deviation = zip(*found, strict=True)
                     panel.errorbar(x, mean, *deviation, **style, capsize=3)
-            panel.set(title=moment, xscale="log", xlabel="images of a worker", ylabel="test accuracy, %")
+            panel.set(title=stage, xscale="log", xlabel="images of a worker", ylabel="test accuracy, %")
             panel.set_xticks(sizes, list(map(str, sizes)))
             panel.minorticks_off()
             panel.grid(alpha=0.3)

@@ -14,7 +14,7 @@ import pytest
 import reference
 import remedies
 import small_batch
-from small_batch_record import LINES, MOMENTS, Network, Record
+from small_batch_record import LINES, STAGES, Network, Record
 
 import jbn
 
@@ -40,11 +40,11 @@ def in_groups(x):
 
 
 EXPECTED = {
-    "apart": [by_own_statistics(part) for part in WORKERS],
+    "batch_norm": [by_own_statistics(part) for part in WORKERS],
     "synchronized": by_own_statistics(X),
     "renormalized": [reference.renormalize(part, PARAMS, STATE, 1.5, 0.2)[0] for part in WORKERS],
     "group_norm": [in_groups(image) for image in X],
-    "nothing": np.asarray(X) * np.asarray(PARAMS.scale) + np.asarray(PARAMS.bias),
+    "scale_and_bias": np.asarray(X) * np.asarray(PARAMS.scale) + np.asarray(PARAMS.bias),
 }
 
 
@@ -64,15 +64,15 @@ FACTS = {"hardware": "one", "dataset": "two", "settings": {"sizes": [2, 8], "bat
 
 
 def found(accuracy):
-    return {moment: {line.statistics: accuracy for line in LINES} for moment in MOMENTS}
+    return {stage: {line.statistics: accuracy for line in LINES} for stage in STAGES}
 
 
 def test_a_record_tells_mean_and_standard_deviation_over_the_seeds(tmp_path):
     record = Record(tmp_path / "folder" / "record.json", FACTS)
     for seed, accuracy in enumerate((0.5, 0.52)):
-        record.add(Network("apart", 2, seed), found(accuracy), 1.0)
-        record.add(Network("apart", 8, seed), found(accuracy + 0.2), 1.0)
-        record.add(Network("nothing", 8, seed), found(accuracy / 2), 1.0)
+        record.add(Network("batch_norm", 2, seed), found(accuracy), 1.0)
+        record.add(Network("batch_norm", 8, seed), found(accuracy + 0.2), 1.0)
+        record.add(Network("scale_and_bias", 8, seed), found(accuracy / 2), 1.0)
     again = Record(record.path, FACTS)
     assert again.rows == record.rows
     rows = again.markdown("end").splitlines()
@@ -80,26 +80,42 @@ def test_a_record_tells_mean_and_standard_deviation_over_the_seeds(tmp_path):
     assert "| batch norm, recalibrated | 51.0 ± 1.4 | 71.0 ± 1.4 |" in rows
     assert "| scale and bias alone | 25.5 ± 0.7 | 25.5 ± 0.7 |" in rows  # the size is nothing to it
     assert "| group norm |  |  |" in rows
+    assert again.noise("end").startswith("nan points")  # nothing to compare with
+    for seed, accuracy in enumerate((0.5, 0.52)):
+        again.add(Network("synchronized", 2, seed), found(accuracy + 0.21), 1.0)
+    # 70 and 71 %, 72 and 73 %
+    assert again.noise("end") == "0.7 points with running statistics, 0.7 with recalibrated ones"
     again.draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_a_record_goes_on_only_with_what_it_was_begun_with(tmp_path):
-    Record(tmp_path / "record.json", FACTS).add(Network("apart", 2, 0), found(0.5), 1.0)
+    Record(tmp_path / "record.json", FACTS).add(Network("batch_norm", 2, 0), found(0.5), 1.0)
     with pytest.raises(ValueError, match=r"begun with dataset two, not three; take another --name"):
         Record(tmp_path / "record.json", FACTS | {"dataset": "three"})
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"networks": [{}]}'])
+def test_what_is_no_record_is_not_gone_on_with(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"record.json is no record of this program .*; take another --name"):
+        Record(path, FACTS)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
-    ("name", "moments", "networks"), [("small_batch", MOMENTS, 57), ("small_batch_rate_0.2", ["end"], 21)]
+    ("name", "stages", "networks"), [("small_batch", STAGES, 57), ("small_batch_rate_0.2", ["end"], 21)]
 )
-def test_the_page_shows_what_was_recorded(name, moments, networks):
+def test_the_page_shows_what_was_recorded(name, stages, networks):
     path = ROOT / "docs" / f"{name}.json"
     content = json.loads(path.read_text())
-    record, page = Record(path, content), (ROOT / "docs" / "small-batch.md").read_text()
+    facts = {name: value for name, value in content.items() if name != "networks"}
+    record, page = Record(path, facts), (ROOT / "docs" / "small-batch.md").read_text()
     assert content["settings"]["seeds"] == 3 and len(record.rows) == networks
-    for moment in moments:
-        assert record.markdown(moment) in page
+    for stage in stages:
+        assert record.markdown(stage) in page
+        assert name != "small_batch" or record.noise(stage) in page
 
 
 @pytest.fixture
@@ -113,10 +129,16 @@ def tiny(tmp_path, monkeypatch):
 def test_a_tiny_one_trains_and_evaluates_all(tiny, capsys):
     small_batch.main(tiny)
     rows = json.loads((tiny.folder / "small_batch.json").read_text())["networks"]
-    assert [row["network"][0] for row in rows] == ["apart", "renormalized", "synchronized", "group_norm", "nothing"]
+    assert [row["network"][0] for row in rows] == [
+        "batch_norm",
+        "renormalized",
+        "synchronized",
+        "group_norm",
+        "scale_and_bias",
+    ]
     accuracies = {row["network"][0]: row["accuracy"] for row in rows}
     for line in LINES:
-        assert all(0 <= accuracies[line.remedy][moment][line.statistics] <= 1 for moment in MOMENTS)
+        assert all(0 <= accuracies[line.remedy][stage][line.statistics] <= 1 for stage in STAGES)
     assert "| batch norm, recalibrated |" in capsys.readouterr().out
     assert (tiny.folder / "small_batch.png").stat().st_size > 1000
 
@@ -137,7 +159,7 @@ def test_stopped_it_goes_on_after_the_last_that_was_finished(tiny, monkeypatch, 
     monkeypatch.setattr(small_batch, "experiment", experiment)
     with pytest.raises(SystemExit, match="130"):
         small_batch.main(tiny)
-    assert "keeps 2 networks; the same command goes on" in capsys.readouterr().err
+    assert "Stopped after 2 networks. The same command trains the others." in capsys.readouterr().err
     for _ in range(2):  # the second time all is there
         small_batch.main(tiny)
         assert [network for network in trained if network != "stopped"] == small_batch.networks(tiny)
@@ -147,7 +169,9 @@ def test_stopped_it_goes_on_after_the_last_that_was_finished(tiny, monkeypatch, 
     ("change", "message"),
     [
         ({"sizes": (3,)}, "sizes has 3; expected divisors of the batch of 4"),
-        ({"epochs": 1}, "1 epochs of 16 images are 4 steps; expected 5"),
+        ({"sizes": (2, 2)}, r"sizes is \(2, 2\); expected each size once"),
+        ({"seeds": 0}, "seeds is 0; expected at least 1"),
+        ({"epochs": 1}, "epochs is 1 and images 16: 4 steps; expected at least 5"),
         ({"data": Path("nowhere")}, "nowhere/data_batch_1.bin is missing"),
     ],
 )
