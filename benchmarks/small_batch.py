@@ -1,6 +1,7 @@
 """What small batches cost batch norm, and what the remedies give back: test accuracy of a small ResNet on real data.
 
-    python benchmarks/small_batch.py --data FOLDER --folder docs      all of docs/small-batch.md
+    python benchmarks/small_batch.py --data FOLDER                    train; see --help
+    python benchmarks/small_batch.py --data FOLDER --folder docs      draw what docs/small-batch.md shows again
 
 Each step takes one batch of 128 images, shared by workers of 2, 4, ... images each: the gradient is always that of 128
 images, and only what normalizes them differs (remedies.py). For each seed all start from the same kernels and see the
@@ -65,7 +66,7 @@ class Config:
     peak_rate: float = 0.5
     """Highest learning rate of the one-cycle schedule."""
     bare_rate: float = 0.2
-    """The same of scale and bias alone, which diverges where batch norm learns best."""
+    """The same of scale and bias alone, which may diverge where batch norm learns best."""
     recalibration_images: int = 5_120
     """Training images whose statistics replace the running ones, the first ones."""
 
@@ -106,7 +107,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
     def train(remedy, size, carry, pixels, labels, key):
         keys = jax.random.split(jax.random.fold_in(key, carry.step), config.batch)
         inputs = halved(jax.vmap(steps.augment)(keys, (pixels - mean) / std))
-        # The schedule of the paper, in parts of this training.
+        # They open as in the paper, only sooner.
         limits = jbn.renorm_limits(carry.step, start=total // 20, d_end=total // 5, r_end=3 * total // 10)
 
         def normalize(x, params, states, **_):
@@ -153,7 +154,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
 
     def run(network: Network, after_step: Callable[[], None]) -> dict:
         remedy, size, seed = network
-        # Each block starts as its shortcut: scale and bias alone need it, and all start alike.
+        # Each block starts as its shortcut, for the sake of scale and bias alone.
         params, state = model.init(jax.random.key(seed), config.depth, zero_last_scale=True)
         names = remedies.RUNNING[remedy]
         copy = partial(jax.tree.map, jnp.copy)  # what is donated must be there once
