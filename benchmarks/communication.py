@@ -1,16 +1,14 @@
-"""Compile a training step of ResNet-50 for CPU and TPU; count what each chip sends, reads and keeps. Nothing is run.
+"""Compile training steps for CPU, GPU and TPU; count what each device sends, moves, runs and keeps. Nothing is run.
 
-    pip install 'jax[tpu]'                     the TPU compiler; it needs no TPU
-    python benchmarks/communication.py         everything, 1 to 3 minutes for each of 32 compilations
+    pip install . 'jax[cuda12,tpu]' flax optax rich tyro    the compilers; they need neither GPU nor TPU
+    python benchmarks/communication.py                      ResNet-50 takes 1 to 4 minutes a row, six layers 2 to 60 s
     python benchmarks/communication.py --markdown
 
 What has been compiled is kept in docs/communication.json and not compiled again.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -18,38 +16,53 @@ import multiprocessing
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import hlo
 import jax
-import jax.numpy as jnp
 import numpy as np
 import resnet50
+import six_layers
 import tyro
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
+H100 = Path(__file__).with_name("h100.textproto")  # XLA's description of the chip
+GPUS = ("h100:1", "h100:8")
 # Chips, and what libtpu calls them all together: for v5p it counts cores, two a chip.
-TPUS = {"v5e:4x4": "v5litepod-16", "v5e:16x16": "v5litepod-256", "v5p:8x8x8": "v5p-1024"}
-TARGETS = ("cpu:8", *TPUS)
+TPUS = {"v5e:4x4": "v5litepod-16", "v5p:8x8x8": "v5p-1024"}
+COMPILERS = dict.fromkeys(GPUS, "jax-cuda12-pjrt") | dict.fromkeys(TPUS, "libtpu")
+TARGETS = ("cpu:8", *COMPILERS)
 MODES = ("jit", "shard_map")
-USUAL = "jbn, usual path"  # compiled without what runs only where sums about 0 would lose digits
-NORMS = {"jbn": "jbn", USUAL: "jbn", "flax fast": "flax fast", "flax two-pass": "flax two-pass"}
-PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
+NORMS = tuple(resnet50.NORMS)
 console = Console(highlight=False, width=160)
+
+
+class Network(NamedTuple):
+    program: Any  # with `init`, `make_step` and `inputs`
+    batch: int  # images a device
+    size: int  # their height and width
+    unit: int  # bytes in which traffic of the main memory is told
+    unit_name: str
+
+
+ACTIVATIONS = six_layers.LAYERS * 64 * 56 * 56 * six_layers.WIDTH * 2  # bytes: one of each layer, in bfloat16
+NETWORKS = {
+    "six layers": Network(six_layers, 64, 56, ACTIVATIONS, "activations a layer"),
+    "ResNet-50": Network(resnet50, 32, 224, 10**9, "GB"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    networks: tuple[str, ...] = tuple(NETWORKS)
     targets: tuple[str, ...] = TARGETS
     modes: tuple[str, ...] = MODES
-    norms: tuple[str, ...] = tuple(NORMS)
-    batch: int = 32
-    """Images a chip."""
-    size: int = 224
-    """Height and width of the images."""
+    norms: tuple[str, ...] = NORMS
     results: Path = Path(__file__).resolve().parents[1] / "docs" / "communication.json"
     texts: Path | None = None
     """Folder to keep the compiled programs in."""
@@ -57,71 +70,97 @@ class Config:
     """Print the results as Markdown; compile nothing."""
 
 
-def count(text: str, devices: int, classes: int = 1000) -> dict[str, dict]:
-    """By place: collectives of a compiled step by kind, bytes they carry, and bytes that each device sends."""
-    kinds = {place: Counter() for place in hlo.PLACES}
-    norm, other, sent = (dict.fromkeys(hlo.PLACES, 0) for _ in range(3))
-    for kind, place, operands in hlo.collectives(text):
-        kinds[place][kind] += 1
-        for operand in operands:
-            (norm if of_norm(operand.shape, classes) else other)[place] += operand.bytes
-            sent[place] += round(hlo.sent(kind, operand.bytes, devices))
-    return {"collectives": kinds, "norm_bytes": norm, "other_bytes": other, "sent_bytes": sent}
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    if target in TPUS:
+        devices = topologies.get_topology_desc(target, platform="tpu").devices
+    elif target in GPUS:
+        devices = topologies.get_topology_desc(
+            platform="cuda", target_config=H100.read_text(), topology="1x1x8"
+        ).devices
+    else:
+        devices = jax.devices()
+    return jax.sharding.Mesh(np.array(devices[: device_count(target)]), (resnet50.AXIS,))
 
 
-def of_norm(shape: tuple[int, ...], classes: int) -> bool:
-    """Whether this is a vector of features, or two: not the loss, the head, or the kernel of a convolution."""
-    is_kernel = len(shape) == 4 and max(shape) < math.prod(shape)
-    return bool(shape) and classes not in shape and not is_kernel
+def device_count(target: str) -> int:
+    return math.prod(int(size) for size in target.partition(":")[2].split("x"))
 
 
-def measure(target: str, mode: str, norm: str, config: Config) -> dict:
-    """Compile one step and count."""
-    devices = topologies.get_topology_desc(target, platform="tpu").devices if target in TPUS else jax.devices()
-    mesh = jax.sharding.Mesh(np.array(devices), (resnet50.AXIS,))
-    kind = resnet50.NORMS[NORMS[norm]]
+def besides_norms(init: Callable) -> int:
+    """How many numbers a step adds up over the devices that are none of its norms': gradients, and the loss."""
+    without = resnet50.Norm(lambda features: ((), ()), lambda *operands: None)
+    params, _ = jax.eval_shape(lambda: init(jax.random.key(0), without))
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) + 1
+
+
+def count(text: str, devices: int, besides: int) -> dict[str, Any]:
+    """What a compiled step sends, moves and runs; `besides` of the numbers it adds up are none of its norms'.
+
+    They are told apart by number: the compiler for GPU joins what it sends into one long vector.
+    """
+    found = hlo.collectives(text)
+    values = sum(math.prod(operand.shape) for collective in found for operand in collective.operands)
+    norm = 4 * (values - besides) if found else 0
+    return {
+        "collectives": Counter(collective.kind for collective in found),
+        "norm_bytes": norm,
+        "other_bytes": sum(collective.bytes for collective in found) - norm,
+        "sent_bytes": round(sum(hlo.sent(collective.kind, collective.bytes, devices) for collective in found)),
+        "main_memory_bytes": sum(hlo.traffic(text).values()),
+        "kernels": hlo.kernels(text),
+        "branches": hlo.branches(text),
+    }
+
+
+def measure(target: str, network: Network, mode: str, norm: str) -> tuple[str, dict]:
+    """The compiled program of one step, and what is counted in it."""
+    mesh, kind, program = mesh_of(target), resnet50.NORMS[norm], network.program
     jax.clear_caches()  # what was traced before does not see a change
-    with contextlib.ExitStack() as changes:
-        for user in ("_moments", "_normalize") if norm == USUAL else ():
-            changes.enter_context(mock.patch(f"jbn.{user}.cancelled", lambda _: jnp.array(False)))
-        lowered = resnet50.make_step(kind, mesh, mode).lower(*resnet50.inputs(kind, mesh, config.batch, config.size))
+    step, inputs = program.make_step(kind, mesh, mode), program.inputs(kind, mesh, network.batch, network.size)
+    lowered = step.lower(*inputs)
     started = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     text, cost, memory = compiled.as_text(), compiled.cost_analysis(), compiled.memory_analysis()
-    assert text and cost and memory
-    if config.texts:
-        config.texts.mkdir(parents=True, exist_ok=True)
-        (config.texts / f"{target} {mode} {norm}.txt").write_text(text)
+    assert text and memory
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "chips": len(devices),
-        **count(text, len(devices)),
-        "bytes_accessed": cost["bytes accessed"],
-        "main_memory_bytes": hlo.traffic(text),
+    return text, {
+        "devices": mesh.size,
+        **count(text, mesh.size, besides_norms(program.init)),
+        "bytes_accessed": cost["bytes accessed"] if cost else None,  # the compiler for GPU does not tell
         "peak_bytes": arguments + memory.temp_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
         "compile_seconds": round(seconds, 1),
     }
 
 
 def measure_target(target: str, config: Config) -> None:
     """What is missing of one target, in a process whose environment is the target's."""
-    packages = PACKAGES if target in TPUS else PACKAGES[:-1]
-    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    setting = {"batch": config.batch, "size": config.size, "versions": versions}
-    for mode, norm in itertools.product(config.modes, config.norms):
-        name, steps = f"{target} {mode} {norm}", load(config)
-        if setting != {key: steps.get(name, {}).get(key) for key in setting}:
-            steps[name] = setting | measure(target, mode, norm, config)
-            config.results.parent.mkdir(parents=True, exist_ok=True)
+    packages = ("jax", "jaxlib", "flax", *([COMPILERS[target]] if target in COMPILERS else []))
+    versions = {name: found for name in packages if (found := version(name))}
+    for name, mode, norm in itertools.product(config.networks, config.modes, config.norms):
+        if mode == "shard_map" and device_count(target) == 1:
+            continue
+        key, network, steps = f"{target} {name} {mode} {norm}", NETWORKS[name], load(config)
+        setting = {"batch": network.batch, "size": network.size, "versions": versions}
+        if setting != {field: steps.get(key, {}).get(field) for field in setting}:
+            text, counts = measure(target, network, mode, norm)
+            steps[key] = setting | counts
             config.results.write_text(json.dumps(steps, indent=1) + "\n")
-            console.print(f"{name}: {steps[name]['compile_seconds']} s")
-            jax.clear_caches()
+            if config.texts:
+                config.texts.mkdir(parents=True, exist_ok=True)
+                (config.texts / f"{key}.txt").write_text(text)
+            console.print(f"{key}: {counts['compile_seconds']} s")
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def load(config: Config) -> dict[str, dict]:
-    """All that has been measured, by target, mode and norm."""
+    """All that has been measured, by target, network, mode and norm."""
     return json.loads(config.results.read_text()) if config.results.exists() else {}
 
 
@@ -129,49 +168,40 @@ def environment(target: str) -> dict[str, str]:
     if target in TPUS:
         where = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
         return where | {"JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": TPUS[target]}
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={target.split(':')[1]}"}
+    flags = f"--xla_force_host_platform_device_count={device_count(target)}"
+    return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1", "XLA_FLAGS": flags}
 
 
-COLUMNS = (
-    "mode",
-    "norm",
-    "collectives",
-    "norm, KB",
-    "rest, MB",
-    "sent, MB",
-    "accessed, GB",
-    "main memory, GB",
-    "peak, MB",
-    "compile, s",
-)
-
-
-def table(target: str, steps: dict[str, dict]) -> Table:
-    """One row for each mode and normalization; in brackets what is in a branch that is rarely taken."""
-    found = Table(*COLUMNS)
-    for mode, norm in itertools.product(MODES, NORMS):
-        if step := steps.get(f"{target} {mode} {norm}"):
-            found.add_row(mode, norm, *cells(step))
-            versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
-            found.title = f"{target}, {step['batch']} images of {step['size']} x {step['size']} a chip; {versions}"
+def table(name: str, targets: tuple[str, ...], steps: dict[str, dict]) -> Table:
+    """One row for each target, mode and normalization of a network."""
+    network, versions, columns = NETWORKS[name], {}, columns_of(NETWORKS[name])
+    found = Table("target", "mode", "normalization", *columns)
+    for key in itertools.product(targets, [name], MODES, NORMS):
+        if step := steps.get(" ".join(key)):
+            found.add_row(key[0], *key[2:], *(column(step) for column in columns.values()))
+            versions |= step["versions"]
+    images = f"{network.batch} images of {network.size} x {network.size} a device"
+    found.title = ", ".join([name, images, *(" ".join(pair) for pair in versions.items())])
     return found
 
 
-def cells(step: dict) -> list[str]:
-    def places(numbers: dict[str, float], unit: float, form: str) -> str:
-        usual, rare = numbers[hlo.ONCE] + numbers[hlo.LOOP], numbers[hlo.BRANCH]
-        return f"{usual / unit:{form}}" + (f" ({rare / unit:{form}})" if rare else "")
+def columns_of(network: Network) -> dict[str, Callable[[dict], str]]:
+    """Headers, and what stands below them for a step."""
 
-    return [
-        places({place: sum(kinds.values()) for place, kinds in step["collectives"].items()}, 1, ".0f"),
-        places(step["norm_bytes"], 1e3, ".0f"),
-        places(step["other_bytes"], 1e6, ".1f"),
-        places(step["sent_bytes"], 1e6, ".2f"),
-        f"{step['bytes_accessed'] / 1e9:.2f}",
-        places(step["main_memory_bytes"], 1e9, ".2f"),
-        f"{step['peak_bytes'] / 1e6:.0f}",
-        f"{step['compile_seconds']:.0f}",
-    ]
+    def memory(key):
+        return lambda step: f"{step[key] / network.unit:.2f}" if step[key] else ""
+
+    return {
+        "collectives": lambda step: f"{sum(step['collectives'].values())}",
+        "of norms, KB": lambda step: f"{step['norm_bytes'] / 1e3:.1f}",
+        "sent, MB": lambda step: f"{step['sent_bytes'] / 1e6:.2f}",
+        "kernels (fusions)": lambda step: f"{sum(step['kernels'].values())} ({step['kernels'].get('fusion', 0)})",
+        "branches": lambda step: f"{step['branches']}",
+        f"accessed, {network.unit_name}": memory("bytes_accessed"),
+        f"main memory, {network.unit_name}": memory("main_memory_bytes"),
+        "peak, MB": lambda step: f"{step['peak_bytes'] / 1e6:.0f}",
+        "compile, s": lambda step: f"{step['compile_seconds']:.3g}",
+    }
 
 
 def message(features: int = 2048) -> Table:
@@ -192,7 +222,8 @@ def markdown(table: Table) -> str:
 def main(config: Config) -> None:
     if not config.markdown:
         measure_all(config)
-    for each in [table(target, load(config)) for target in config.targets] + [message()]:
+    steps = load(config)
+    for each in [*(table(name, config.targets, steps) for name in config.networks), message()]:
         if config.markdown:
             print(markdown(each))
         else:
@@ -200,12 +231,12 @@ def main(config: Config) -> None:
 
 
 def measure_all(config: Config) -> None:
-    if not importlib.util.find_spec("flax"):
+    if not version("flax"):
         console.print("Flax is not installed and left out")
-        config = dataclasses.replace(config, norms=tuple(norm for norm in config.norms if NORMS[norm] == "jbn"))
+        config = dataclasses.replace(config, norms=tuple(norm for norm in config.norms if not norm.startswith("flax")))
     for target in config.targets:
-        if target in TPUS and not importlib.util.find_spec("libtpu"):
-            console.print(f"{target} is left out: libtpu is not installed")
+        if (compiler := COMPILERS.get(target)) and not version(compiler):
+            console.print(f"{target} is left out: {compiler} is not installed")
             continue
         with mock.patch.dict(os.environ, environment(target)):
             process = multiprocessing.get_context("spawn").Process(target=measure_target, args=(target, config))

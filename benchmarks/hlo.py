@@ -1,7 +1,8 @@
-"""What each device of a compiled program sends, and moves to and from its main memory, read from the HLO text."""
+"""What each device of a compiled program sends, moves to and from its main memory, and runs, read from the HLO text."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,9 @@ SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {f"{kind}{bits}": bits // 8 for kind 
 ONCE, LOOP, BRANCH = "once", "loop", "branch"
 PLACES: tuple[str, ...] = (ONCE, LOOP, BRANCH)  # run once a step, in each round of a loop, in a branch of a conditional
 CALLS = "calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
-CALLERS = ("call", "async-start", "while", "conditional")
+BRANCHES = ("while", "conditional")
+CALLERS = ("call", "async-start", *BRANCHES)
+TRANSFERS = ("copy-start", "slice-start")  # to or from memory on the chip, while something else runs
 WITHOUT_TRAFFIC = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
@@ -62,13 +65,31 @@ def traffic(text: str) -> dict[str, int]:
     """Bytes read from and written to main memory, by place; of a conditional all branches are counted."""
     total = dict.fromkeys(PLACES, 0)
     for place, instruction in reach(text):
-        if instruction.opcode in ("copy-start", "slice-start"):
-            # To or from memory on the chip; one result is what is moved, the other the whole that it is taken from.
+        if instruction.opcode in TRANSFERS:
+            # One result is what is moved, the other the whole that it is taken from.
             total[place] += min(array.bytes for array in instruction.results[:2])
         elif instruction.opcode not in CALLERS and not instruction.joins_slices:
             arrays = instruction.results + instruction.operands
             total[place] += sum(array.bytes for array in arrays if array.space == 0)
     return total
+
+
+def branches(text: str) -> int:
+    """Conditionals and loops that the program reaches."""
+    return sum(instruction.opcode in BRANCHES for _, instruction in reach(text))
+
+
+def kernels(text: str) -> Counter[str]:
+    """Instructions that become a kernel of their own, by opcode: fusions, and what else computes with an array."""
+    return Counter(instruction.opcode for _, instruction in reach(text) if is_kernel(instruction))
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    is_message = instruction.opcode.removesuffix("-start") in KINDS
+    if is_message or instruction.opcode in (*CALLERS, *TRANSFERS) or instruction.joins_slices:
+        return False
+    arrays = instruction.results + instruction.operands
+    return instruction.opcode == "fusion" or any(math.prod(array.shape) > 1 for array in arrays)
 
 
 def reach(text: str) -> Iterator[tuple[str, Instruction]]:

@@ -1,7 +1,8 @@
 """Batch normalization for JAX as pure functions."""
 
 from jbn._batch_norm import batch_norm
-from jbn._moments import merge, moments
+from jbn._measure import moments
+from jbn._merge import merge
 from jbn._normalize import normalize_batch, normalize_running
 from jbn._recalibrate import recalibrate
 from jbn._renorm import batch_renorm, renorm_limits

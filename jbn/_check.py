@@ -2,13 +2,17 @@
 
 import math
 import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
-from jbn._sync import Pool
+from jbn._layout import layout_of, lie
+from jbn._pool import Pool
 
 
 def statistics_dtype(*dtypes) -> jnp.dtype:
@@ -56,13 +60,15 @@ def _reduced_axes(x, feature_axis) -> tuple[int, ...]:
 
 def _check_weights(weights, x, axes) -> jax.Array:
     given = weights = jnp.asarray(weights)
-    full = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
-    if weights.ndim == len(axes) and weights.ndim < x.ndim:
-        weights = jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis not in axes])
-    if weights.ndim != x.ndim or any(size not in (1, want) for size, want in zip(weights.shape, full, strict=True)):
+    if min(1, len(axes)) <= weights.ndim <= len(axes) and weights.ndim < x.ndim:
+        leading = axes[: weights.ndim]
+        weights = jnp.expand_dims(weights, [axis for axis in range(x.ndim) if axis not in leading])
+    if weights.ndim != x.ndim or any(size not in (1, full) for size, full in zip(weights.shape, x.shape, strict=True)):
+        reduced = [x.shape[axis] for axis in axes]
         raise ValueError(
-            f"weights has shape {list(given.shape)} and x has shape {list(x.shape)}; expected {full}, or the same "
-            f"with the feature axes left out, where any size may also be 1."
+            f"weights has shape {list(given.shape)} and x has shape {list(x.shape)}; expected {list(x.shape)} for "
+            f"values that differ between features, or {reduced} without the feature axes, of which the last may be "
+            f"left out. Any size may also be 1."
         )
     if weights.dtype == jnp.bool_:
         return weights
@@ -72,29 +78,74 @@ def _check_weights(weights, x, axes) -> jax.Array:
     return jnp.where(weights > 0, weights, jnp.zeros_like(weights))
 
 
-def check_fields(name, value, kind, shape=None) -> None:
-    """`value` is a `kind` (`Params`, `State` or `Moments`) whose fields have `shape`; without one, that of its mean."""
+class Features(NamedTuple):
+    """What a value for each feature looks like."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype  # of statistics
+    layout: NamedSharding | None
+
+
+def features_of(x, axes=()) -> Features:
+    """The features of `x` [...], where `axes` are reduced."""
+    shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    return Features(shape, statistics_dtype(x.dtype), layout_of(x, axes))
+
+
+def check_fields(name, value, kind, features: Features | None = None):
+    """`value`, a `kind` (`Params`, `State` or `Moments`), as arrays with a value for each feature; a scalar is for all.
+
+    Without `features` they are those of its own fields.
+    """
     if not isinstance(value, kind):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a jbn.{kind.__name__}. Is the order right?")
-    shape = jnp.shape(value.mean) if shape is None else shape
-    for field, given in value._asdict().items():
-        if given is None and kind.__name__ == "Params":
+    arrays = {field: _check_field(f"{name}.{field}", given, kind) for field, given in value._asdict().items()}
+    if features is None:
+        features = features_of(max((array for array in arrays.values() if array is not None), key=jnp.ndim))
+    for field, array in arrays.items():
+        if array is None or (field == "count" and array.ndim == 0):
             continue
-        if given is None:
-            raise TypeError(f"{name}.{field} is None; expected an array. Only scale and bias may be left out.")
-        array, want = jnp.asarray(given), () if field in ("count", "weight") else shape
-        if array.shape != want and not (field == "mean_low" and array.ndim == 0):
+        if array.shape not in ((), features.shape):
             raise ValueError(
-                f"{name}.{field} has shape {list(array.shape)}; expected {list(want)}. Check feature_axis, and the "
-                f"features given to jbn.init."
+                f"{name}.{field} has shape {list(array.shape)}; expected {list(features.shape)}. Check feature_axis, "
+                f"and the features given to jbn.init."
             )
-        if not jnp.issubdtype(array.dtype, jnp.floating) and field != "count":
-            raise TypeError(f"{name}.{field} is {array.dtype}; expected a floating-point type.")
+        arrays[field] = lie(jnp.broadcast_to(array, features.shape), features.layout)
+    return kind(**arrays)
 
 
-def feature_shape(x, axes) -> tuple[int, ...]:
-    """The sizes of the axes of `x` that are not reduced."""
-    return tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+def _check_field(name, given, kind) -> jax.Array | None:
+    if given is None and kind.__name__ == "Params":
+        return None
+    if given is None:
+        raise TypeError(f"{name} is None; expected an array. Only scale and bias may be left out.")
+    array = jnp.asarray(float(given) if isinstance(given, int) else given)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        if name.endswith(".count"):
+            return array.astype(statistics_dtype())
+        raise TypeError(f"{name} is {array.dtype}; expected a floating-point type.")
+    if kind.__name__ != "Params" and array.dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} is {array.dtype}, which cannot hold a running average: a step is less than its last digit. Leave "
+            f"jbn.State and jbn.Moments out where you cast a tree to {array.dtype}; x and jbn.Params may be narrow."
+        )
+    return array
+
+
+def check_center(center, features: Features, pool) -> jax.Array | None:
+    """`center` with a value for each feature, the same on all devices of the pool as far as JAX's types tell."""
+    if center is None:
+        return None
+    array = jnp.asarray(center)
+    if array.shape not in ((), features.shape):
+        raise ValueError(
+            f"center has shape {list(array.shape)}; expected {list(features.shape)}, a value for each feature."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"center is {array.dtype}; expected a floating-point type.")
+    array = lie(jnp.broadcast_to(array.astype(features.dtype), features.shape), features.layout)
+    differing = tuple(name for name in pool.names if name in _varying(array))
+    return lax.stop_gradient(lax.pmean(array, differing) if differing else array)
 
 
 def check_fraction(name, value) -> None:
@@ -104,6 +155,14 @@ def check_fraction(name, value) -> None:
     if not isinstance(value, Tracer) and not 0 <= np.asarray(value) <= 1:
         hint = " decay is the weight of the old value: one minus PyTorch's momentum." if name == "decay" else ""
         raise ValueError(f"{name} is {value}; expected a number in [0, 1].{hint}")
+
+
+def check_amount(amount, shape) -> None:
+    """`amount` is a scalar or of `shape`, in [0, 1] where that can be known."""
+    if jnp.shape(amount) not in ((), shape):
+        raise ValueError(f"amount has shape {list(jnp.shape(amount))}; expected a scalar or {list(shape)}.")
+    if not isinstance(amount, Tracer) and not np.all((np.asarray(amount) >= 0) & (np.asarray(amount) <= 1)):
+        raise ValueError(f"amount is {amount}; expected numbers in [0, 1].")
 
 
 def check_limit(name, value, least) -> None:
@@ -165,6 +224,12 @@ def _check_index_groups(given, names) -> tuple[tuple[int, ...], ...]:
             f"vmap, and give the name of the inner one as axis_name."
         ) from None
     return subgroups
+
+
+def _varying(array) -> frozenset[str]:
+    """The manual mesh axes along which `array` may differ, as far as JAX's types tell (`check_vma`)."""
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before jax 0.10.2, and since
 
 
 def check_groups(groups, x, axes) -> None:

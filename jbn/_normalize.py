@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,16 @@ from jax.typing import ArrayLike
 
 from jbn._check import (
     check_batch,
+    check_center,
     check_epsilon,
     check_fields,
     check_groups,
     check_more_than_one,
     check_pool,
-    feature_shape,
-    statistics_dtype,
+    features_of,
 )
-from jbn._deviation import scaled_deviation
 from jbn._groups import in_groups
-from jbn._moments import cancelled, materialize, measure, measure_tangent, remat, select
+from jbn._measure import deviation, materialize, measure, measure_tangent, remat, select, settled
 from jbn._types import Measuring, Moments, Params, State
 
 
@@ -28,6 +28,7 @@ def normalize_batch(
     x: ArrayLike,
     params: Params,
     *,
+    center: ArrayLike | None = None,
     epsilon: float | jax.Array = 1e-5,
     feature_axis: int | tuple[int, ...] = -1,
     weights: ArrayLike | None = None,
@@ -51,6 +52,8 @@ def normalize_batch(
     Args:
       x: [...], float16, bfloat16, float32 or float64; reduced in float32 or wider.
       params: `Params` with fields of shape `[*features]`.
+      center: a value for each feature that is known to be near its mean, such as a running mean: one pass over `x` and
+        one message to measure it, rather than two; see `moments`.
       epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
       feature_axis, weights, axis_name, axis_index_groups: as in `moments`. Where the weight is 0, the output and its
         gradient are 0.
@@ -59,7 +62,7 @@ def normalize_batch(
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
 
     Returns:
-      `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which carry no gradient.
+      `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which are differentiable too.
 
     Raises:
       TypeError: `x` is not floating-point, or `params` is not a `Params`.
@@ -76,15 +79,16 @@ def normalize_batch(
       ([[-1.0], [1.0]], [2.0], [1.0])
     """
     x, weights, axes = check_batch(x, feature_axis, weights)
-    pool = check_pool(axis_name, axis_index_groups)
-    check_fields("params", params, Params, feature_shape(x, axes))
+    pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
+    params = check_fields("params", params, Params, features)
+    center = check_center(center, features, pool)
     check_epsilon(epsilon)
     check_groups(groups, x, axes)
     check_more_than_one(x, axes, pool, groups)
-    operands = x, weights, params, jnp.asarray(epsilon, statistics_dtype(x.dtype))
+    operands = x, weights, center, params, jnp.asarray(epsilon, features.dtype)
     rule = partial(normalize_by_batch, axes, pool, standardize)
-    y, moments = rule(*operands) if groups == 1 else in_groups(rule, groups, interleaved, *operands)
-    return y, lax.stop_gradient(moments)
+    y, measured = rule(*operands) if groups == 1 else in_groups(rule, axes, groups, interleaved, *operands)
+    return y, settled(measured)
 
 
 def normalize_running(
@@ -127,83 +131,108 @@ def normalize_running(
     if isinstance(state, Measuring):
         state = state.state
     x, weights, axes = check_batch(x, feature_axis, weights)
-    shape = feature_shape(x, axes)
-    check_fields("params", params, Params, shape)
-    check_fields("state", state, State, shape)
+    features = features_of(x, axes)
+    params = check_fields("params", params, Params, features)
+    state = check_fields("state", state, State, features)
     check_epsilon(epsilon)
-    dtype = statistics_dtype(x.dtype)
-    mean, var = (lax.stop_gradient(field).astype(dtype) for field in (state.mean, state.var))
-    running = Moments(state.weight, mean, var, jnp.zeros_like(mean))
-    return _affine(axes, x, weights, *standardize(running, params, jnp.asarray(epsilon, dtype)))
+    mean, var = (lax.stop_gradient(field).astype(features.dtype) for field in (state.mean, state.var))
+    running = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean))
+    return normalize_by_given(axes, x, weights, standardize(running, params, jnp.asarray(epsilon, features.dtype)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def normalize_by_batch(axes, pool, coefficients, x, weights, *operands):
+def _by_batch(axes, pool, coefficients, x, weights, center, *operands):
     """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
-    measured = measure(x, weights, axes, pool)
-    mean, slope, bias = coefficients(measured, *operands)
-    return affine(x, weights, mean, slope, bias, axes), measured
+    measured = measure(x, weights, center, axes, pool)
+    return affine(x, weights, coefficients(measured, *operands), axes), measured
 
 
-@partial(normalize_by_batch.defjvp, symbolic_zeros=True)
-def _normalize_by_batch_jvp(axes, pool, coefficients, primals, tangents):
+normalize_by_batch = jax.jit(_by_batch, static_argnums=(0, 1, 2))  # traced once for all layers of one shape
+
+
+@partial(_by_batch.defjvp, symbolic_zeros=True)
+def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
     def tangent(primals, measured, tangents):
-        x, weights, *operands = primals
-        x_dot, weights_dot, *operands_dot = tangents
+        x, weights, _, *operands = primals
+        x_dot, weights_dot, _, *operands_dot = tangents
         x_dot = x_dot.astype(measured.mean.dtype)  # once, so that the gradient of a narrower x is rounded once
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
-        pair = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
-        return affine_tangent(x, weights, pair, x_dot, axes, cancelled(measured)), measured_dot
+        affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
+        # For the sum of dy (x - mean), in words of its own: see `measure`.
+        affine = affine._replace(mean=affine.mean + 0 * affine.mean_low)
+        return affine_tangent(x, weights, affine, affine_dot, x_dot, axes), measured_dot
 
     y, measured = normalize_by_batch(axes, pool, coefficients, *primals)
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _affine(axes, x, weights, mean, slope, bias):
-    return affine(x, weights, mean, slope, bias, axes)
+def _by_given(axes, x, weights, coefficients):
+    return affine(x, weights, coefficients, axes)
 
 
-@_affine.defjvp
-def _affine_jvp(axes, primals, tangents):
-    x, weights, *coefficients = primals
-    x_dot, _, *coefficients_dot = tangents
+normalize_by_given = jax.jit(_by_given, static_argnums=0)
+
+
+@_by_given.defjvp
+def _by_given_jvp(axes, primals, tangents):
+    x, weights, coefficients = primals
+    x_dot, _, coefficients_dot = tangents
     tangent = remat(partial(affine_tangent, axes=axes))
-    return _affine(axes, *primals), tangent(x, weights, (coefficients, coefficients_dot), x_dot)
+    return normalize_by_given(axes, *primals), tangent(x, weights, coefficients, coefficients_dot, x_dot)
 
 
-def affine(x, weights, mean, slope, bias, axes):
-    """(x - mean) * slope + bias in the dtype of `x`; the difference first, or a large mean would cost all digits."""
-    mean, slope, bias = (jnp.expand_dims(value, axes) for value in (mean, slope, bias))
-    return select(weights, ((x.astype(mean.dtype) - mean) * slope + bias).astype(x.dtype))
+class Affine(NamedTuple):
+    """y = (x - mean - mean_low) * slope + bias: differences first, or a large mean would cost all digits."""
+
+    mean: jax.Array  # [*features], as all
+    mean_low: jax.Array | float
+    slope: jax.Array
+    bias: jax.Array
 
 
-def affine_tangent(x, weights, pair, x_dot, axes, far=None):
-    """The tangent of `affine` for a pair of its coefficients and their tangents.
-
-    Arranged so that its transpose sums dy and dy * (x - mean) once each. `far` [] says whether a mean is many standard
-    deviations of `x` from 0, where that is known.
-    """
-    (mean, slope, _), (mean_dot, slope_dot, bias_dot) = pair
-    constant_dot = bias_dot - slope * mean_dot
-    mean, slope, slope_dot, constant_dot = (jnp.expand_dims(v, axes) for v in (mean, slope, slope_dot, constant_dot))
-    if weights is None and far is not None:
-        stretch = scaled_deviation(x, mean, slope_dot, far)
-    else:  # a masked NaN times dy = 0 must not reach slope's gradient
-        stretch = select(weights, x.astype(mean.dtype) - mean) * slope_dot
-    y_dot = slope * x_dot.astype(mean.dtype) + stretch + constant_dot
-    return select(weights, y_dot.astype(x.dtype))
+def affine(x, weights, coefficients: Affine, axes):
+    """y in the dtype of `x`."""
+    _, low, slope, bias = (jnp.expand_dims(value, axes) for value in coefficients)
+    y = (deviation(x, weights, coefficients.mean, axes) - low) * slope + bias
+    return select(weights, y.astype(x.dtype))
 
 
-def standardize(measured: Moments, params: Params, epsilon):
-    """Mean, slope and bias of the affine map that normalizes by `measured` and applies `params`."""
-    var = measured.var + epsilon
-    dead = var <= 0  # only where epsilon is 0: any finite slope gives the bias there, and finite gradients
-    slope = jnp.where(dead, jnp.zeros_like(var), lax.rsqrt(jnp.where(dead, jnp.ones_like(var), var)))
-    if params.scale is not None:
-        slope = slope * params.scale.astype(var.dtype)
-    bias = -measured.mean_low * slope
-    if params.bias is not None:
-        bias = bias + params.bias.astype(var.dtype)
-    return measured.mean, slope, bias
+def affine_tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, axes):
+    """The tangent of `affine`; its transpose makes the sums of the backward pass."""
+    mean, low, slope, _ = coefficients
+    vectors = slope, tangents.mean + tangents.mean_low, tangents.slope, tangents.bias - low * tangents.slope
+    slope, mean_dot, slope_dot, bias_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
+
+    def together(slope, x_dot, mean_dot, bias_dot):
+        return slope * x_dot + (bias_dot - slope * mean_dot)
+
+    def apart(slope, x_dot, mean_dot, bias_dot):
+        return slope * (x_dot - mean_dot) + bias_dot
+
+    # One sum of dy. On a GPU one more, of slope * dy, makes XLA take that of dy * (x - mean) into the kernel that masks
+    # dy by a relu: 7 passes over memory for 8 (`benchmarks/communication.py`, "six layers").
+    choices = {"cuda": apart, "rocm": apart, "default": together}
+    moved = lax.platform_dependent(slope, x_dot.astype(slope.dtype), mean_dot, bias_dot, **choices)
+    return select(weights, (moved + deviation(x, weights, mean, axes) * slope_dot).astype(x.dtype))
+
+
+def standardize(measured: Moments, params: Params, epsilon) -> Affine:
+    """The map that normalizes by `measured` and applies `params`."""
+    slope = reciprocal_root(measured.var + epsilon)
+    bias = jnp.zeros_like(slope) if params.bias is None else params.bias.astype(slope.dtype)
+    slope = slope if params.scale is None else slope * params.scale.astype(slope.dtype)
+    return Affine(measured.mean, measured.mean_low, slope, bias)
+
+
+@jax.custom_jvp
+def reciprocal_root(var):
+    """1 / sqrt(var); 0, with a derivative of 0, where that is infinite: a constant feature without epsilon."""
+    return lax.rsqrt(jnp.where(var > 0, var, jnp.inf))
+
+
+@reciprocal_root.defjvp
+def _reciprocal_root_jvp(primals, tangents):
+    root = reciprocal_root(*primals)
+    return root, -0.5 * root**3 * tangents[0]

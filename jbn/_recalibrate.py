@@ -1,5 +1,6 @@
 """Replace running statistics by the exact ones of given data."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -71,12 +72,13 @@ def recalibrate(
       >>> batches = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [4.0], [5.0]])]
       >>> apply = lambda params, state, x: jbn.batch_norm(x, params, state, train=True)
       >>> state = jbn.recalibrate(apply, params, state, batches)
-      >>> state.mean.tolist(), state.var.tolist(), float(state.weight)
-      ([3.0], [2.5], 1.0)
+      >>> state.mean.tolist(), state.var.tolist(), state.weight.tolist()
+      ([3.0], [2.5], [1.0])
     """
     if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise ValueError(f"passes is {passes!r}; expected an int of at least 1, or None for as many as are needed.")
-    layers = sum(jnp.size(leaf.weight) for leaf in jax.tree.leaves(states, is_leaf=is_state) if is_state(leaf))
+    found = [leaf for leaf in jax.tree.leaves(states, is_leaf=is_state) if is_state(leaf)]
+    layers = sum(math.prod(jnp.shape(state.mean)[:-1]) for state in found)  # those stacked for a scan count one by one
     if not layers:
         raise TypeError(f"states is a {type(states).__name__} without a jbn.State in it; is the order right?")
     last = layers if passes is None else passes
@@ -134,10 +136,7 @@ def _replace(states, totals, unbiased):
     def replaced(state, total):
         if not is_state(state):
             return state
-        rule = partial(update, decay=0.0, unbiased=unbiased)
-        for _ in range(state.weight.ndim):  # states that are stacked for a scan over layers
-            rule = jax.vmap(rule)
-        new = rule(state, total)
+        new = update(state, total, decay=0.0, unbiased=unbiased)
         settled.append(jnp.all(jnp.abs(new.mean - state.mean) <= SETTLED * jnp.sqrt(new.var)))
         settled.append(jnp.all(jnp.abs(new.var - state.var) <= SETTLED * new.var))
         return new

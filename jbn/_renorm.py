@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jbn._batch_norm import batch_norm
 from jbn._check import (
     check_batch,
+    check_center,
     check_epsilon,
     check_fields,
     check_fraction,
@@ -17,12 +18,12 @@ from jbn._check import (
     check_more_than_one,
     check_pool,
     check_train,
-    feature_shape,
-    statistics_dtype,
+    features_of,
 )
-from jbn._normalize import normalize_by_batch, standardize
+from jbn._measure import settled
+from jbn._normalize import Affine, normalize_by_batch, standardize
 from jbn._types import Measuring, Moments, Params, State
-from jbn._update import update
+from jbn._update import advance
 
 
 def batch_renorm(
@@ -90,19 +91,20 @@ def batch_renorm(
             axis_index_groups=axis_index_groups,
         )
     x, weights, axes = check_batch(x, feature_axis, weights)
-    pool, shape = check_pool(axis_name, axis_index_groups), feature_shape(x, axes)
-    check_fields("params", params, Params, shape)
-    check_fields("state", state, State, shape)
+    pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
+    params = check_fields("params", params, Params, features)
+    running = check_fields("state", state, State, features)
     check_epsilon(epsilon)
     check_more_than_one(x, axes, pool)
-    dtype = statistics_dtype(x.dtype)
-    epsilon, r_max, d_max = (jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max))
-    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), state))
-    y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, params, epsilon, running, r_max, d_max)
-    return y, update(state, lax.stop_gradient(measured), decay=decay, unbiased=unbiased)
+    dtype = features.dtype
+    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
+    center = check_center(running.mean, features, pool)
+    operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max)), running
+    y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, center, *operands)
+    return y, advance(state, settled(measured), decay=decay, unbiased=unbiased, centered=True)
 
 
-def _corrected(measured: Moments, params: Params, epsilon, running: State, r_max, d_max):
+def _corrected(measured: Moments, params: Params, epsilon, r_max, d_max, running: State) -> Affine:
     """The coefficients of `standardize` for params that r and d are part of."""
     batch = lax.stop_gradient(measured)
     spread, apart = running.var + epsilon, batch.mean - running.mean + batch.mean_low

@@ -25,7 +25,7 @@ class State(NamedTuple):
 
     mean: jax.Array  # [*features], float32 or float64
     var: jax.Array  # [*features], float32 or float64
-    weight: jax.Array  # [], how much evidence is in them: 0 = none yet, 1 = full
+    weight: jax.Array | float = 1.0  # [*features], how much evidence is in them: 0 = none yet, 1 = full
 
 
 class Moments(NamedTuple):
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
     variances merged from parts of N values with mean/std = 1e5 would be off by about 0.005 / sqrt(N).
     """
 
-    # [], the number of values per feature, or the sum of their weights
+    # [], the number of values per feature, or the sum of their weights; [*features] where weights differ between them
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mean: jax.Array  # [*features]
     var: jax.Array  # [*features], divided by count
@@ -81,7 +81,7 @@ def init(
       dtype: of the params. Statistics are float64 where this is float64 and float32 otherwise.
 
     Returns:
-      `Params` and `State` with fields of shape `[*features]`; `State.weight` has shape `[]`.
+      `Params` and `State` with fields of shape `[*features]`.
 
     Raises:
       ValueError: `features` is not a positive size or a tuple of them.
@@ -89,7 +89,7 @@ def init(
 
     Example:
       >>> params, state = jbn.init(64)
-      >>> params.scale.shape, state.var.shape, float(state.weight)
+      >>> params.scale.shape, state.var.shape, float(state.weight.max())
       ((64,), (64,), 0.0)
     """
     shape = check_features(features)
@@ -98,7 +98,7 @@ def init(
     statistics = statistics_dtype(dtype)
     params = Params(jnp.ones(shape, dtype) if scale else None, jnp.zeros(shape, dtype) if bias else None)
     state = State(
-        jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.asarray(0 if debias else 1, statistics)
+        jnp.zeros(shape, statistics), jnp.ones(shape, statistics), jnp.full(shape, 0 if debias else 1, statistics)
     )
     return params, state
 
@@ -119,15 +119,14 @@ def empty_moments(states):
       >>> total = jbn.empty_moments(state)
       >>> total = jbn.update(total, jbn.moments(jnp.array([[1.0, 10.0], [3.0, 30.0]])))
       >>> total = jbn.update(total, jbn.moments(jnp.array([[5.0, 50.0]])))
-      >>> total.count.item(), total.mean.tolist()
-      (3.0, [3.0, 30.0])
+      >>> total.count.tolist(), total.mean.tolist()
+      ([3.0, 3.0], [3.0, 30.0])
     """
 
     def empty(state):
         if not is_state(state):
             return state
-        dtype = statistics_dtype(jnp.asarray(state.mean).dtype)
-        count, *fields = (jnp.zeros_like(like, dtype) for like in (state.weight, *[state.mean] * 3))
-        return Moments(count, *fields)
+        like = jnp.asarray(state.mean)
+        return Moments(*(jnp.zeros_like(like, statistics_dtype(like.dtype)) for _ in Moments._fields))
 
     return jax.tree.map(empty, states, is_leaf=is_state)

@@ -30,7 +30,7 @@ def moments(x, weights=None, feature_axis=-1):
     count = weights.sum(axes)
     mean = (weights * x).sum(axes) / count
     var = (weights * (x - np.expand_dims(mean, axes)) ** 2).sum(axes) / count
-    return count.flat[0], mean, var
+    return count if np.ptp(count) else count.flat[0], mean, var
 
 
 def normalize(x, mean, var, scale, bias, epsilon=1e-5, feature_axis=-1):
@@ -67,10 +67,10 @@ def update(state, measured, decay=0.9, amount=1.0, unbiased=True):
     """(mean, var, weight) after one step of the update rule, in float64."""
     (mean, var, weight), (count, batch_mean, batch_var) = state, measured
     if unbiased:
-        batch_var = batch_var * count / max(count - 1, 1)
+        batch_var = batch_var * count / np.maximum(count - 1, 1)
     kept = 1 - amount * (1 - decay)
-    new_weight = kept * weight + (1 - kept)
-    share = (1 - kept) / new_weight if new_weight > 0 else 0.0
+    new_weight = np.asarray(kept * weight + (1 - kept), np.float64)
+    share = np.divide(1 - kept, new_weight, out=np.zeros_like(new_weight), where=new_weight > 0)
     return mean + share * (batch_mean - mean), var + share * (batch_var - var), new_weight
 
 

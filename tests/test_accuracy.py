@@ -25,6 +25,7 @@ sizes = pytest.mark.parametrize("size", SIZES)
 PARAMS, STATE = jbn.init(2)
 measure = jax.jit(jbn.moments, static_argnames="feature_axis")
 normalize = jax.jit(lambda x, weights=None: jbn.normalize_batch(x, PARAMS, weights=weights))
+normalize_about = jax.jit(lambda x, center: jbn.normalize_batch(x, PARAMS, center=center))
 
 
 def sample(size, offset, seed=0):
@@ -163,14 +164,47 @@ def test_gradient(offset):
 
 
 @offsets
-def test_running_statistics_from_the_first_step(offset):
-    step = jax.jit(lambda x, state: jbn.batch_norm(x, PARAMS, state, train=True, unbiased=False)[1])
-    state, plain = STATE, (np.zeros(2), np.ones(2), 0.0)
+def test_running_statistics_measured_without_a_center(offset):
+    """For data whose first step has to be exact."""
+
+    @jax.jit
+    def step(x, state):
+        y, measured = jbn.normalize_batch(x, PARAMS)
+        return y, measured, jbn.update(state, measured, unbiased=False)
+
+    state, plain = STATE, (np.zeros(2), np.ones(2), np.zeros(2))
     for seed in range(3):
         x = sample(1000, offset, seed)
-        state, plain = step(x, state), reference.update(plain, reference.moments(x), unbiased=False)
+        y, measured, state = step(x, state)
+        assert_accurate(y, measured, x)
+        plain = reference.update(plain, reference.moments(x), unbiased=False)
         assert_allclose(state.var, plain[1], rtol=RTOL)
         assert_allclose(state.mean, plain[0], rtol=5e-7)
+
+
+@offsets
+@sizes
+@pytest.mark.parametrize("distance", [0.0, 1.0, 16.0])
+def test_about_a_center(size, offset, distance):
+    """Up to 16 standard deviations away the one pass is as good as the two."""
+    x = sample(size, offset)
+    center = np.float32([offset + distance, 3 * (offset + distance)])
+    y, measured = normalize_about(x, center)
+    _, mean, var = reference.moments(x)
+    assert_allclose(measured.var, var, rtol=RTOL)
+    assert_allclose(np.float64(measured.mean), mean, rtol=2.4e-7)
+    # Half of what the variance may be off by, and what x - center loses 16 standard deviations away.
+    assert_allclose(y, reference.normalize(x, mean, var, [1, 1], [0, 0]), rtol=RTOL / 2, atol=ATOL)
+
+
+@pytest.mark.parametrize("distance", [1e2, 1e3, 1e5])
+def test_a_variance_is_never_below_what_rounding_can_have_made_of_it(distance):
+    x = sample(4096, 0.0)
+    center = np.float32([distance, 3 * distance])
+    _, measured = normalize_about(x, center)
+    least = 32 * 2.0**-24 * np.float64(center) ** 2
+    assert (measured.var >= 0.99 * least).all()
+    assert (measured.var <= np.maximum(2 * reference.moments(x)[2], 1.01 * least)).all()
 
 
 def test_float16_near_its_largest_value():

@@ -13,7 +13,7 @@ import jbn
 
 FEATURES = 3
 PARAMS = jbn.Params(jnp.asarray([0.5, -1.0, 2.0]), jnp.asarray([0.0, 1.0, -3.0]))
-STATE = jbn.State(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.25, 1.0, 9.0]), jnp.asarray(0.5))
+STATE = jbn.State(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.25, 1.0, 9.0]), jnp.full(FEATURES, 0.5))
 MASK = np.array([True, False, True, True, False, True, True, True])
 
 
@@ -31,8 +31,11 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_training_is_normalize_batch_and_update(options, unbiased):
     got = jbn.batch_norm(sample(), PARAMS, STATE, train=True, decay=0.7, unbiased=unbiased, **options)
-    y, measured = jbn.normalize_batch(sample(), PARAMS, **options)
-    assert_same(got, (y, jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)))
+    y, measured = jbn.normalize_batch(sample(), PARAMS, center=STATE.mean, **options)
+    assert_same(got[0], y)
+    after = jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)
+    # Two programs, in which a multiply-add may be rounded once or twice.
+    jax.tree.map(partial(assert_allclose, rtol=3e-7), got[1], after)
 
 
 @pytest.mark.parametrize("weights", [None, MASK], ids=["plain", "mask"])
@@ -89,7 +92,7 @@ def test_a_traced_train_is_refused_with_the_alternatives():
 def test_the_alternatives_choose_at_run_time():
     @jax.jit
     def step(x, state, train):
-        batch, measured = jbn.normalize_batch(x, PARAMS)
+        batch, measured = jbn.normalize_batch(x, PARAMS, center=state.mean)
         y = jnp.where(train, batch, jbn.normalize_running(x, PARAMS, state))
         return y, jbn.update(state, measured, amount=train)
 
@@ -135,11 +138,11 @@ def test_vmap_over_an_ensemble():
 def test_a_bad_batch_does_not_poison_the_state():
     bad = sample().at[2, 1].set(jnp.nan)
     y, after = jbn.batch_norm(bad, PARAMS, STATE, train=True)
-    assert_same(after, STATE)
+    good = jbn.batch_norm(sample(), PARAMS, STATE, train=True)
+    assert_same([field[1] for field in after], [field[1] for field in STATE])
     assert np.isnan(y[:, 1]).all()
-    assert np.isfinite(y[:, [0, 2]]).all()
-    _, after = jbn.batch_norm(sample(), PARAMS, after, train=True)
-    assert_same(after, jbn.batch_norm(sample(), PARAMS, STATE, train=True)[1])
+    others = np.array([0, 2])
+    assert_same([a[..., others] for a in (y, *after)], [a[..., others] for a in (good[0], *good[1])])
 
 
 def test_init():
@@ -151,7 +154,7 @@ def test_init():
         jnp.float32,
         jnp.float32,
     )
-    assert_same((params.scale, *state), (np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), 1))
+    assert_same((params.scale, *state), (np.ones((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3))))
     assert jbn.init(4, scale=False)[0].scale is None
     with jax.enable_x64(True):
         assert jbn.init(4, dtype=jnp.float64)[1].mean.dtype == jnp.float64

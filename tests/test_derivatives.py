@@ -279,14 +279,40 @@ def test_jit_and_eager_agree(weights):
     assert_close(step(*args), jax.jit(step)(*args), rtol=2e-5)
 
 
-def test_returned_moments_carry_no_gradient():
-    x, scale, bias, _ = arguments(dtype=np.float32)
+@float64
+@weighted
+def test_returned_moments_are_differentiable(weights):
+    """As in the log-determinant of a flow, where they were silently constant."""
 
-    def loss(x):
-        return sum(jnp.sum(field) for field in jbn.normalize_batch(x, jbn.Params(scale, bias))[1])
+    def got(x, scale, bias, epsilon):
+        y, measured = jbn.normalize_batch(x, jbn.Params(scale, bias), epsilon=epsilon, weights=weights)
+        return y + jnp.expand_dims(jnp.sin(measured.mean + measured.mean_low) * jnp.log(measured.var + epsilon), 0)
 
-    assert not jax.grad(loss)(x).any()
-    assert jax.jvp(loss, (x,), (x,))[1] == 0
+    def plain(x, scale, bias, epsilon):
+        w = jnp.ones((ROWS, 1)) if weights is None else jnp.asarray(weights, x.dtype)[:, None]
+        mean = jnp.sum(w * x, 0) / jnp.sum(w)
+        var = jnp.sum(w * (x - mean[None]) ** 2, 0) / jnp.sum(w)
+        return textbook(x, scale, bias, epsilon, weights) + jnp.expand_dims(jnp.sin(mean) * jnp.log(var + epsilon), 0)
+
+    vector, unravel = ravel_pytree(arguments())
+    for transform in (jax.grad, jax.hessian):
+        assert_close(*(jit(transform(lambda v, f=f: weigh(f(*unravel(v)))))(vector) for f in (got, plain)))
+
+
+@float64
+@weighted
+@pytest.mark.parametrize("center", [1.0, 3.0])
+def test_derivatives_do_not_see_the_center(weights, center):
+    def about(center, x, scale, bias, epsilon):
+        params, options = jbn.Params(scale, bias), {"epsilon": epsilon, "weights": weights}
+        y, measured = jbn.normalize_batch(x, params, center=center, **options)
+        return y + jnp.expand_dims(measured.mean * measured.var, 0)
+
+    vector, unravel = ravel_pytree(arguments())
+    for transform in (jax.grad, jax.hessian):
+        found = (jit(transform(lambda v, c=c: weigh(about(c, *unravel(v)))))(vector) for c in (center, None))
+        assert_close(*found)
+    assert jax.grad(lambda c: weigh(about(c, *arguments())))(center) == 0
 
 
 def test_the_new_state_carries_no_gradient():

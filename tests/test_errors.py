@@ -51,9 +51,9 @@ def test_feature_axis_that_is_no_axis(f, feature_axis):
 
 
 @measuring
-@pytest.mark.parametrize("shape", [(3,), (5,), (4, 3), (2, 1), (4, 1, 1), ()])
+@pytest.mark.parametrize("shape", [(3,), (5,), (3, 4), (2, 1), (4, 1, 1), ()])
 def test_weights_that_do_not_fit(f, shape):
-    message = re.escape(f"weights has shape {list(shape)} and x has shape [4, 3]; expected [4, 1]")
+    message = re.escape(f"weights has shape {list(shape)} and x has shape [4, 3]; expected [4, 3]")
     refused(ValueError, message, f, X, weights=jnp.ones(shape))
 
 
@@ -87,9 +87,29 @@ def test_batch_norm_with_a_state_of_the_wrong_size(train):
     refused(ValueError, r"shape \[[34]\]; expected \[[34]\]", jbn.batch_norm, X, PARAMS, state, train=train)
 
 
-def test_a_state_whose_weight_is_no_scalar():
-    state = STATE._replace(weight=jnp.zeros(3))
-    refused(ValueError, r"state.weight has shape \[3\]; expected \[\]", jbn.update, state, MOMENTS)
+def test_a_state_whose_weight_is_of_other_features():
+    state = STATE._replace(weight=jnp.zeros(2))
+    refused(ValueError, r"state.weight has shape \[2\]; expected \[3\]", jbn.update, state, MOMENTS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_state_that_cannot_hold_an_average(dtype):
+    narrow = jax.tree.map(lambda field: field.astype(dtype), STATE)
+    message = rf"state.mean is {jnp.dtype(dtype)}, which cannot hold a running average.*where you cast a tree"
+    refused(TypeError, message, jbn.update, narrow, MOMENTS)
+    refused(TypeError, message, jbn.normalize_running, X, PARAMS, narrow)
+    for train in (True, False):
+        refused(TypeError, message, jbn.batch_norm, X, PARAMS, narrow, train=train)
+    narrow = jax.tree.map(lambda field: field.astype(dtype), MOMENTS)
+    refused(TypeError, rf"moments.count is {jnp.dtype(dtype)}", jbn.update, STATE, narrow)
+
+
+def test_a_center_that_does_not_fit():
+    for f in (MEASURING["moments"], MEASURING["normalize_batch"]):
+        refused(
+            ValueError, r"center has shape \[4\]; expected \[3\], a value for each feature", f, X, center=np.ones(4)
+        )
+        refused(TypeError, r"center is int32; expected a floating-point type", f, X, center=np.ones(3, np.int32))
 
 
 def test_params_and_state_swapped():
@@ -134,9 +154,10 @@ def test_amount_outside_0_to_1(amount):
     refused(ValueError, r"amount is .*\[0, 1\]", jbn.update, STATE, MOMENTS, amount=amount)
 
 
-@pytest.mark.parametrize("name", ["decay", "amount"])
-def test_a_vector_of_decays(name):
-    refused(ValueError, rf"{name} has shape \[3\]; expected a scalar", jbn.update, STATE, MOMENTS, **{name: np.ones(3)})
+def test_a_vector_of_decays_and_amounts_of_other_features():
+    refused(ValueError, r"decay has shape \[3\]; expected a scalar", jbn.update, STATE, MOMENTS, decay=np.ones(3))
+    message = r"amount has shape \[2\]; expected a scalar or \[3\]"
+    refused(ValueError, message, jbn.update, STATE, MOMENTS, amount=np.ones(2))
 
 
 @pytest.mark.parametrize("axis_name", ["i", ("i", "j")])

@@ -15,7 +15,7 @@ import jbn
 
 NEIGHBOURS = ((0, 1), (2, 3), (4, 5), (6, 7))
 APART = ((3, 0), (7, 4), (1, 6), (2, 5))
-STATE = jbn.State(np.float32([1, 2, 3]), np.float32([4, 5, 6]), np.float32(0.5))
+STATE = jbn.State(np.float32([1, 2, 3]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
 ROWS = ways.SHAPE[0] // 8
 modes = pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 close = partial(assert_allclose, rtol=ways.TOLERANCE, atol=ways.TOLERANCE)
@@ -50,9 +50,9 @@ def in_subgroups(mode, subgroups):
     def psum(gradients, axis_name):
         return jax.lax.psum(gradients, axis_name, axis_index_groups=subgroups)
 
-    def step(x, weights, dy):
+    def step(x, weights, dy, mean):
         normalize = partial(jbn.batch_norm, axis_index_groups=subgroups)
-        return ways.step(normalize, psum, x, weights, dy, PARAMS, STATE, axis_name="i")
+        return ways.step(normalize, psum, x, weights, dy, PARAMS, STATE._replace(mean=mean), axis_name="i")
 
     return on_devices(mode, step)
 
@@ -70,12 +70,12 @@ def test_two_of_eight_give_what_a_run_of_two_gives(mode, subgroups, masked):
     mask[6:8] = False  # the fourth device has nothing
     for offset in (0.0, 1e3):
         x, _, dy = ways.batch(offset=offset)
-        operands = (x, mask if masked else None, dy)
-        together = in_subgroups(mode, subgroups)(*by_device(operands))
+        operands, near = (x, mask if masked else None, dy), STATE._replace(mean=np.float32(offset + STATE.mean / 4))
+        together = in_subgroups(mode, subgroups)(*by_device(operands), np.tile(near.mean, (8, 1)))
         for members in subgroups:
             part = rows_of(members, operands)
-            run_of_two = on_two_devices()(*part, PARAMS, STATE)
-            for y, after, dx, dparams in (run_of_two, *ways.expected([part], PARAMS, STATE)):
+            run_of_two = on_two_devices()(*part, PARAMS, near)
+            for y, after, dx, dparams in (run_of_two, *ways.expected([part], PARAMS, near)):
                 for place, device in enumerate(members):
                     rows = slice(place * ROWS, (place + 1) * ROWS)
                     got = jax.tree.map(lambda a, device=device: a[device], together)

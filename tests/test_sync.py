@@ -16,7 +16,7 @@ from ways import PARAMS
 import jbn
 
 # Variances and weights away from 0 and 1, so that a state that is left alone differs from one that is made anew.
-STATE = jbn.State(np.float32([1, 2, 3]), np.float32([4, 5, 6]), np.float32(0.5))
+STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
 masks = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 

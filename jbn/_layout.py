@@ -1,0 +1,23 @@
+"""Meshes of explicit axes, where JAX wants all operands of a sum to lie alike: values per feature follow the batch."""
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def layout_of(x, axes=()) -> NamedSharding | None:
+    """How `x` [...] without `axes` lies on a mesh of explicit axes; `None` elsewhere."""
+    layout = jax.typeof(x).sharding
+    if AxisType.Explicit not in layout.mesh.axis_types:
+        return None
+    parts = (part for axis, part in enumerate(layout.spec) if axis not in axes)
+    return NamedSharding(layout.mesh, PartitionSpec(*parts))
+
+
+def lie(array, layout: NamedSharding | None):
+    """`array` laid out like that."""
+    return array if layout is None else jax.sharding.reshard(array, layout)
+
+
+def automatically(f, *layouts: NamedSharding | None):
+    """`f` with the layout of what is in between left to the compiler, and its results laid out like that."""
+    return f if None in layouts else jax.sharding.auto_axes(f, out_sharding=layouts)

@@ -1,0 +1,137 @@
+"""No branch and no loop, on any platform: what CPU, GPU and TPU are lowered to, compiled and run on this CPU.
+
+Neither is here, but what JAX hands to their compilers can be compiled and run: constant conditions, as of a choice by
+platform, are folded, and whatever else there is shows in the text.
+"""
+
+from functools import partial
+
+import hlo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ways
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose
+
+import jbn
+
+ROWS, FEATURES = 16, 6
+PARAMS, STATE = jbn.init(FEATURES)
+RANDOM = np.random.default_rng(0)
+X, DY = RANDOM.standard_normal((2, ROWS, 4, FEATURES)).astype(np.float32)
+MASK = RANDOM.uniform(size=(ROWS, 4)) < 0.7
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def training(x, dy, params, state, normalize=jbn.batch_norm, **options):
+    """Forward and backward."""
+
+    def forward(x, params):
+        return normalize(x, params, state, train=True, **options)
+
+    y, pullback, after = jax.vjp(forward, x, params, has_aux=True)
+    return y, after, pullback(dy)
+
+
+def channels_first(x, dy, params, state):
+    return training(jnp.moveaxis(x, -1, 1), jnp.moveaxis(dy, -1, 1), params, state, feature_axis=1)
+
+
+def bfloat16(x, dy, params, state):
+    return training(x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), params, state)
+
+
+def ensemble(x, dy, params, state):
+    return jax.vmap(training)(*jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (x, dy, params, state)))
+
+
+def in_shard_map(x, dy, params, state, check_vma, **manual):
+    local = partial(training, axis_name="i")
+    if not check_vma:
+        # Each device has its own share of the gradients of params.
+        whole = local
+        local = lambda *operands: (lambda y, s, g: (y, s, (g[0], jax.lax.psum(g[1], "i"))))(*whole(*operands))  # noqa: E731
+    data, same = P("i"), P()
+    mesh = ways.mesh(i=4, j=2) if manual else ways.mesh(i=8)
+    specs = {"in_specs": (data, data, same, same), "out_specs": (data, same, (data, same))}
+    return jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs, **manual)(x, dy, params, state)
+
+
+def recalibration(x, dy, params, state):
+    from jbn._recalibrate import _measure
+
+    def apply(params, state, x):
+        return jbn.batch_norm(x, params, state, train=True)
+
+    return _measure(apply, True, params, state, jbn.empty_moments(state), x)
+
+
+FORMS = {
+    "training": training,
+    "masked": partial(training, weights=MASK),
+    "masked by feature": partial(training, weights=np.asarray(X) > -1),
+    "real weights": partial(training, weights=MASK * np.float32(0.3)),
+    "bfloat16": bfloat16,
+    "groups": partial(training, groups=4),
+    "channels first": channels_first,
+    "ensemble": ensemble,
+    "shard_map": partial(in_shard_map, check_vma=True),
+    "unchecked shard_map": partial(in_shard_map, check_vma=False),
+    "partly manual": partial(in_shard_map, check_vma=True, axis_names={"i"}),
+    "partly manual, unchecked": partial(in_shard_map, check_vma=False, axis_names={"i"}),
+    "renorm": partial(training, normalize=jbn.batch_renorm),
+    "recalibrate": recalibration,
+    "evaluation": lambda x, dy, params, state: jbn.batch_norm(x, params, state, train=False)[0],
+    "no center": lambda x, dy, params, state: jax.grad(lambda x: jnp.sum(jbn.normalize_batch(x, params)[0] ** 3))(x),
+}
+POOLED = tuple(form for form in FORMS if "shard_map" in form or "manual" in form)
+
+
+def lowered_for(platform, f, *args):
+    """`f` as it is lowered for that platform; it runs here."""
+    unchecked = [jax.export.DisabledSafetyCheck.platform()]
+    return jax.export.export(jax.jit(f), platforms=(platform,), disabled_checks=unchecked)(*args).call
+
+
+def put(form):
+    """The operands, on the devices that the form is exported for."""
+    operands = X, DY, PARAMS, STATE
+    if form not in POOLED:
+        return operands
+    mesh = ways.mesh(i=4, j=2) if "manual" in form else ways.mesh(i=8)
+    specs = P("i"), P("i"), P(), P()
+    return tuple(jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, specs, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_branch_no_loop_and_one_message_each_way(form):
+    operands, results = put(form), {}
+    for platform in PLATFORMS:
+        call = jax.jit(lowered_for(platform, FORMS[form], *operands))
+        compiled = call.lower(*operands).compile()
+        reached = [instruction.opcode for _, instruction in hlo.reach(compiled.as_text())]
+        assert not {"conditional", "while"} & set(reached), platform
+        found = hlo.collectives(compiled.as_text())
+        assert [each.kind for each in found] == ["all-reduce"] * (2 if form in POOLED else 0), platform
+        results[platform] = call(*operands)
+    tolerance = 2**-7 if form == "bfloat16" else 1e-5
+    wanted = FORMS[form](*operands) if form not in POOLED else jax.jit(FORMS[form])(*operands)
+    for platform in PLATFORMS:
+        jax.tree.map(
+            lambda got, want: assert_allclose(np.float64(got), np.float64(want), rtol=tolerance, atol=tolerance),
+            results[platform],
+            wanted,
+        )
+
+
+def test_a_branch_would_be_seen():
+    """The same check can fail."""
+
+    def branching(x):
+        return jax.lax.cond(x[0, 0, 0] > 0, jnp.sin, jnp.cos, x)
+
+    compiled = jax.jit(lowered_for("cuda", branching, X)).lower(X).compile()
+    assert "conditional" in [instruction.opcode for _, instruction in hlo.reach(compiled.as_text())]
