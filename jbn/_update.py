@@ -120,7 +120,7 @@ def _unless_unknown(new: State, old: State, measured: Moments) -> State:
 
     Where the doubt is small beside the running variance, the batch is one in which the feature is constant: averaged.
     """
-    doubt = uncertainty(measured.mean - old.mean)
-    unknown = ~(doubt <= 1e-3 * measured.var) & ((old.weight <= 0) | ~(doubt <= 1e-4 * old.var))
+    doubt, rounding = uncertainty(measured.mean - old.mean), (jnp.finfo(old.mean.dtype).eps * measured.mean) ** 2
+    unknown = ~(doubt <= jnp.maximum(1e-3 * measured.var, rounding)) & ((old.weight <= 0) | ~(doubt <= 1e-4 * old.var))
     anew = State(measured.mean, old.var, jnp.zeros_like(old.weight))
     return jax.tree.map(lambda without, other: jnp.where(unknown, without, other), anew, new)

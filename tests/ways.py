@@ -184,10 +184,13 @@ def ensemble(step, axis_type, members, rows):
     stacked, vectors = NamedSharding(own, P(members, rows)), NamedSharding(own, P(members))
     both = of_operands_in((stacked, stacked, stacked, vectors, vectors), jax.vmap(step))
 
-    def run(x, *rest):
-        found = both(np.stack([3 - 2 * x, x]), *jax.tree.map(lambda a: np.stack([a, a]), rest))
-        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[1]), found)
+    def stack(x, *rest):
+        return np.stack([3 - 2 * x, x]), *jax.tree.map(lambda a: np.stack([a, a]), rest)
 
+    def run(*operands):
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[1]), both(*stack(*operands)))
+
+    run.lower = lambda *operands: both.lower(*stack(*operands))
     return run
 
 
