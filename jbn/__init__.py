@@ -6,7 +6,8 @@ from jbn._merge import merge
 from jbn._normalize import normalize_batch, normalize_running
 from jbn._recalibrate import recalibrate
 from jbn._renorm import batch_renorm, renorm_limits
-from jbn._types import Moments, Params, State, empty_moments, init
+from jbn._start import empty_moments, init
+from jbn._types import Moments, Params, State
 from jbn._update import update
 
 __all__ = [

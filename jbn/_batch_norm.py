@@ -36,7 +36,7 @@ def batch_norm(
     communicated. For which statistics normalize and whether the running ones move as two separate choices, call those
     functions.
 
-    The variance is within 1e-4 where the batch's mean is within 16 standard deviations of the running one, as it is
+    The variance is within 1e-4 where the batch's mean is within 12 standard deviations of the running one, as it is
     after the first step of a training. Where it is too far for that, as that of a feature far from 0 in the first step
     or after a jump of the data, the variance used is at least what rounding can have made of it, 2e-6 of the squared
     distance, so that `y` stays bounded; the running mean becomes that of the batch, the running variance loses its

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from jbn._layout import layout_of, lie
 from jbn._pool import Pool
+from jbn._types import Params
 
 
 def statistics_dtype(*dtypes) -> jnp.dtype:
@@ -115,7 +116,7 @@ def check_fields(name, value, kind, features: Features | None = None):
 
 
 def _check_field(name, given, kind) -> jax.Array | None:
-    if given is None and kind.__name__ == "Params":
+    if given is None and kind is Params:
         return None
     if given is None:
         raise TypeError(f"{name} is None; expected an array. Only scale and bias may be left out.")
@@ -124,7 +125,7 @@ def _check_field(name, given, kind) -> jax.Array | None:
         if name.endswith(".count"):
             return array.astype(statistics_dtype())
         raise TypeError(f"{name} is {array.dtype}; expected a floating-point type.")
-    if kind.__name__ != "Params" and array.dtype.itemsize < 4:
+    if kind is not Params and array.dtype.itemsize < 4:
         raise TypeError(
             f"{name} is {array.dtype}, which cannot hold a running average: a step is less than its last digit. Leave "
             f"jbn.State and jbn.Moments out where you cast a tree to {array.dtype}; x and jbn.Params may be narrow."

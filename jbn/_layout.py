@@ -1,5 +1,7 @@
 """Meshes of explicit axes, where JAX wants all operands of a sum to lie alike: values per feature follow the batch."""
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -18,6 +20,6 @@ def lie(array, layout: NamedSharding | None):
     return array if layout is None else jax.sharding.reshard(array, layout)
 
 
-def automatically(f, *layouts: NamedSharding | None):
+def automatically(f: Callable, *layouts: NamedSharding | None) -> Callable:
     """`f` with the layout of what is in between left to the compiler, and its results laid out like that."""
     return f if None in layouts else jax.sharding.auto_axes(f, out_sharding=layouts)

@@ -33,7 +33,7 @@ def moments(
 
         rest = sum(w (x - c)) / count,  mean = c + rest,  var = sum(w (x - c)^2) / count - rest^2
 
-    In float32 the variance is within 1e-4 where the center is within 16 standard deviations of the mean, and never less
+    In float32 the variance is within 1e-4 where the center is within 12 standard deviations of the mean, and never less
     than what rounding can have made of it, 2e-6 (mean - c)^2. Without a center there is a pass, and a message, more: it
     gives the mean, about which the second goes. Then the variance is within 1e-4 for mean/std up to 1e5.
 

@@ -1,14 +1,14 @@
 """Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbn._affine import affine, affine_tangent, normalize_by_given, standardize
 from jbn._check import (
     check_batch,
     check_center,
@@ -19,8 +19,9 @@ from jbn._check import (
     check_pool,
     features_of,
 )
-from jbn._groups import in_groups
-from jbn._measure import deviation, materialize, measure, measure_tangent, remat, select, settled
+from jbn._layout import automatically, layout_of
+from jbn._measure import materialize, measure, measure_tangent, remat, settled
+from jbn._merge import combine
 from jbn._types import Measuring, Moments, Params, State
 
 
@@ -87,7 +88,7 @@ def normalize_batch(
     check_more_than_one(x, axes, pool, groups)
     operands = x, weights, center, params, jnp.asarray(epsilon, features.dtype)
     rule = partial(normalize_by_batch, axes, pool, standardize)
-    y, measured = rule(*operands) if groups == 1 else in_groups(rule, axes, groups, interleaved, *operands)
+    y, measured = rule(*operands) if groups == 1 else _in_groups(rule, axes, groups, interleaved, *operands)
     return y, settled(measured)
 
 
@@ -167,72 +168,23 @@ def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_given(axes, x, weights, coefficients):
-    return affine(x, weights, coefficients, axes)
+def _in_groups(
+    rule: Callable, axes, groups: int, interleaved: bool, x, weights, *operands
+) -> tuple[jax.Array, Moments]:
+    """`rule(x, weights, *operands)`, which gives y and moments over `axes`, for every group of axis 0 on its own.
 
+    Groups are contiguous parts; with `interleaved` row i belongs to group i mod groups. The moments are those of all.
+    """
+    axis = 1 if interleaved else 0
 
-normalize_by_given = jax.jit(_by_given, static_argnums=0)
+    def cut(values):
+        each = len(values) // groups
+        return jnp.reshape(values, ((each, groups) if interleaved else (groups, each)) + values.shape[1:])
 
+    def run(x, weights, *operands):
+        shared = weights is None or len(weights) != len(x)  # one weight for all rows
+        each = jax.vmap(rule, (axis, None if shared else axis, *[None] * len(operands)), (axis, 0))
+        y, measured = each(cut(x), weights if shared else cut(weights), *operands)
+        return jnp.reshape(y, x.shape), combine(measured)
 
-@_by_given.defjvp
-def _by_given_jvp(axes, primals, tangents):
-    x, weights, coefficients = primals
-    x_dot, _, coefficients_dot = tangents
-    tangent = remat(partial(affine_tangent, axes=axes))
-    return normalize_by_given(axes, *primals), tangent(x, weights, coefficients, coefficients_dot, x_dot)
-
-
-class Affine(NamedTuple):
-    """y = (x - mean - mean_low) * slope + bias: differences first, or a large mean would cost all digits."""
-
-    mean: jax.Array  # [*features], as all
-    mean_low: jax.Array | float
-    slope: jax.Array
-    bias: jax.Array
-
-
-def affine(x, weights, coefficients: Affine, axes):
-    """y in the dtype of `x`."""
-    _, low, slope, bias = (jnp.expand_dims(value, axes) for value in coefficients)
-    y = (deviation(x, weights, coefficients.mean, axes) - low) * slope + bias
-    return select(weights, y.astype(x.dtype))
-
-
-def affine_tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, axes):
-    """The tangent of `affine`; its transpose makes the sums of the backward pass."""
-    mean, low, slope, _ = coefficients
-    vectors = slope, tangents.mean + tangents.mean_low, tangents.slope, tangents.bias - low * tangents.slope
-    slope, mean_dot, slope_dot, bias_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
-
-    def together(slope, x_dot, mean_dot, bias_dot):
-        return slope * x_dot + (bias_dot - slope * mean_dot)
-
-    def apart(slope, x_dot, mean_dot, bias_dot):
-        return slope * (x_dot - mean_dot) + bias_dot
-
-    # One sum of dy. On a GPU one more, of slope * dy, makes XLA take that of dy * (x - mean) into the kernel that masks
-    # dy by a relu: 7 passes over memory for 8 (`benchmarks/communication.py`, "six layers").
-    choices = {"cuda": apart, "rocm": apart, "default": together}
-    moved = lax.platform_dependent(slope, x_dot.astype(slope.dtype), mean_dot, bias_dot, **choices)
-    return select(weights, (moved + deviation(x, weights, mean, axes) * slope_dot).astype(x.dtype))
-
-
-def standardize(measured: Moments, params: Params, epsilon) -> Affine:
-    """The map that normalizes by `measured` and applies `params`."""
-    slope = reciprocal_root(measured.var + epsilon)
-    bias = jnp.zeros_like(slope) if params.bias is None else params.bias.astype(slope.dtype)
-    slope = slope if params.scale is None else slope * params.scale.astype(slope.dtype)
-    return Affine(measured.mean, measured.mean_low, slope, bias)
-
-
-@jax.custom_jvp
-def reciprocal_root(var):
-    """1 / sqrt(var); 0, with a derivative of 0, where that is infinite: a constant feature without epsilon."""
-    return lax.rsqrt(jnp.where(var > 0, var, jnp.inf))
-
-
-@reciprocal_root.defjvp
-def _reciprocal_root_jvp(primals, tangents):
-    root = reciprocal_root(*primals)
-    return root, -0.5 * root**3 * tangents[0]
+    return automatically(run, layout_of(x), layout_of(x, axes))(x, weights, *operands)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._types import Measuring, empty_moments, is_state
+from jbn._start import empty_moments
+from jbn._types import Measuring, is_state
 from jbn._update import update
 
 States = TypeVar("States")

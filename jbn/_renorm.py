@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jbn._affine import Affine, standardize
 from jbn._batch_norm import batch_norm
 from jbn._check import (
     check_batch,
@@ -21,7 +22,7 @@ from jbn._check import (
     features_of,
 )
 from jbn._measure import settled
-from jbn._normalize import Affine, normalize_by_batch, standardize
+from jbn._normalize import normalize_by_batch
 from jbn._types import Measuring, Moments, Params, State
 from jbn._update import advance
 
