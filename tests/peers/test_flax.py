@@ -10,6 +10,8 @@ import parity
 import pytest
 from flax import nnx
 
+import jbn
+
 MASK = np.random.default_rng(1).uniform(size=(4, 5, 6)) < 0.7
 
 
@@ -80,3 +82,16 @@ def test_masked(theirs):
     ]
     ours = parity.jbn_steps(data, debias=False, unbiased=False, epsilon=1e-5, decay=0.99, weights=MASK)
     parity.assert_parity(got, ours)
+
+
+def test_weights_that_differ_between_features():
+    """A table with holes: Flax takes masks of the full shape too."""
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(3, 2, (20, 4)).astype(np.float32), rng.uniform(size=(20, 4)) < 0.7
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.0)
+    y, after = layer.apply(layer.init(jax.random.key(0), x), x, mask=mask, mutable=["batch_stats"])
+    params, state = jbn.init(4)
+    ours, new = jbn.batch_norm(x, params, state, train=True, weights=mask, decay=0.0, unbiased=False)
+    np.testing.assert_allclose(ours[mask], y[mask], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new.mean, after["batch_stats"]["mean"], rtol=1e-5)
+    np.testing.assert_allclose(new.var, after["batch_stats"]["var"], rtol=1e-5)
