@@ -19,7 +19,7 @@ from rich.table import Table
 import jbn
 
 FEATURES, EPSILON = 64, 1e-5
-console = Console(highlight=False)
+console = Console(highlight=False, width=140)
 
 
 def with_jbn(x, before=1):

@@ -28,22 +28,13 @@ def affine(x, weights, coefficients: Affine, axes):
 
 
 def affine_tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, axes):
-    """The tangent of `affine`; its transpose makes the sums of the backward pass."""
+    """The tangent of `affine`, arranged so that its transpose sums dy and dy * (x - mean) once each."""
     mean, low, slope, _ = coefficients
-    vectors = slope, tangents.mean + tangents.mean_low, tangents.slope, tangents.bias - low * tangents.slope
-    slope, mean_dot, slope_dot, bias_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
-
-    def together(slope, x_dot, mean_dot, bias_dot):
-        return slope * x_dot + (bias_dot - slope * mean_dot)
-
-    def apart(slope, x_dot, mean_dot, bias_dot):
-        return slope * (x_dot - mean_dot) + bias_dot
-
-    # One sum of dy. On a GPU one more, of slope * dy, makes XLA take that of dy * (x - mean) into the kernel that masks
-    # dy by a relu: 7 passes over memory for 8 (`benchmarks/communication.py`, "six layers").
-    choices = {"cuda": apart, "rocm": apart, "default": together}
-    moved = lax.platform_dependent(slope, x_dot.astype(slope.dtype), mean_dot, bias_dot, **choices)
-    return select(weights, (moved + deviation(x, weights, mean, axes) * slope_dot).astype(x.dtype))
+    constant_dot = tangents.bias - low * tangents.slope - slope * (tangents.mean + tangents.mean_low)
+    vectors = (slope, tangents.slope, constant_dot)
+    slope, slope_dot, constant_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
+    y_dot = slope * x_dot.astype(slope.dtype) + deviation(x, weights, mean, axes) * slope_dot + constant_dot
+    return select(weights, y_dot.astype(x.dtype))
 
 
 def standardize(measured: Moments, params: Params, epsilon) -> Affine:

@@ -55,7 +55,7 @@ def recalibrate(
     Returns:
       The states in their shapes and dtypes, with weight 1. Where nothing was measured, as with no batches or with all
       masked, a state is as it was. A batch with moments that are not finite is left out of that layer's statistics,
-      as in `update`; what is masked is never read.
+      as in `update`; what is masked is never computed with.
 
     Raises:
       TypeError: there is no `State` in `states`, `apply` does not give back such a pair, or `batches` can be gone

@@ -51,8 +51,9 @@ def batch_renorm(
         y = scale * ((x - mean) / s * r + d) + bias
 
     `r_max=1, d_max=0` is `batch_norm`; with both infinite y is what `normalize_running` gives, while
-    gradients flow through the batch's statistics. A state without evidence (weight 0) corrects nothing. The state moves
-    after it has been used. Evaluation is that of `batch_norm`.
+    gradients flow through the batch's statistics. A feature without evidence (weight 0) is not corrected. The batch is
+    measured about the running mean, with the promises of `batch_norm`, and the state moves after it has been used.
+    Evaluation is that of `batch_norm`.
 
     Args:
       x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased: as in
