@@ -39,7 +39,7 @@ def check_batch(x, feature_axis, weights) -> tuple[jax.Array, jax.Array | None, 
     """`x` and `weights` as arrays of equal rank, and the axes to reduce."""
     if isinstance(x, tuple):
         raise TypeError(f"x is a {type(x).__name__}; expected an array. jbn.batch_norm returns the pair (y, state).")
-    x = jnp.asarray(x)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)  # which would look at a NaN under jax_debug_nans
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}{list(x.shape)}; batch normalization needs floating-point input: cast x first.")
     axes = _reduced_axes(x, feature_axis)

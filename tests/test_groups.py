@@ -98,6 +98,20 @@ def test_groups_that_lie_within_shards_communicate_nothing(kind, groups):
         np.testing.assert_allclose(normalize(x), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_groups_across_shards(kind, interleaved):
+    """More shards than groups: rows of one group lie on several devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    put = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("data")))  # noqa: E731
+    options = {"groups": GROUPS, "interleaved": interleaved}
+    run = jax.jit(partial(step, lambda x, params: jbn.normalize_batch(x, params, **options)))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+        found = run(put(X), params, put(DY))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), found, run(X, PARAMS, DY))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"groups is 5 and axis 0 of x has size 24; expected a divisor of 24"):
         jbn.normalize_batch(X, PARAMS, groups=5)

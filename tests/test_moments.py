@@ -202,3 +202,23 @@ def test_merge_is_differentiable():
     expected = (probe[0] + probe[1] * 2 * (x - x.mean(0))) / 9
     assert_allclose(jax.jit(jax.grad(loss))(x), expected, atol=1e-6)
     assert_allclose(jax.jit(lambda x: jax.jvp(loss, (x,), (x,)))(x)[1], (expected * x).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("center", [None, 1.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_masked_is_never_computed_with(center, compiled):
+    """Nothing is raised for it where JAX looks for NaN in every result, forward and backward."""
+    x, mask = np.asarray(sample((6, 3))), np.array([True, False, True, True, False, True])
+    x = jnp.asarray(np.where(mask[:, None], x, np.float32([np.nan, np.inf, -np.inf])))
+    params, state = jbn.init(3)
+
+    def everything(x):
+        y, measured = jbn.normalize_batch(x, params, weights=mask, center=center)
+        trained, after = jbn.batch_norm(x, params, state, train=True, weights=mask)
+        evaluated, _ = jbn.batch_norm(x, params, state, train=False, weights=mask)
+        return sum(jnp.sum(part**2) for part in (y, trained, evaluated, measured.var)), after
+
+    with jax.debug_nans(True), jax.debug_infs(True):
+        step = jax.value_and_grad(everything, has_aux=True)
+        _, dx = (jax.jit(step) if compiled else step)(x)
+        assert not dx[~mask].any()
