@@ -1,7 +1,7 @@
 """Compile training steps for CPU, GPU and TPU; count what each device sends, moves, runs and keeps. Nothing is run.
 
     pip install . 'jax[cuda12,tpu]' flax optax rich tyro    the compilers; they need neither GPU nor TPU
-    python benchmarks/communication.py                      ResNet-50 takes 1 to 4 minutes a row, six layers 2 to 60 s
+    python benchmarks/communication.py                      1 to 3 minutes a row for TPU, 1 to 20 s otherwise
     python benchmarks/communication.py --markdown
 
 What has been compiled is kept in docs/communication.json and not compiled again.
@@ -144,7 +144,7 @@ def measure_target(target: str, config: Config) -> None:
         setting = {"batch": network.batch, "size": network.size, "versions": versions}
         if setting != {field: steps.get(key, {}).get(field) for field in setting}:
             text, counts = measure(target, network, mode, norm)
-            steps[key] = setting | counts
+            steps = load(config) | {key: setting | counts}
             config.results.write_text(json.dumps(steps, indent=1) + "\n")
             if config.texts:
                 config.texts.mkdir(parents=True, exist_ok=True)

@@ -120,16 +120,23 @@ def measure(x, weights, center, axes, pool) -> Moments:
     if not given:
         count, first = pool.total((count, _weighted_sum(weights, select(weights, x.astype(dtype)), axes)))
         center = few_bits(first / nonzero(count), 3)
-    # Each sum in words of its own: XLA's CPU backend takes x - center into a sum where nothing else has a use for it,
-    # and writes it to memory otherwise.
-    near, minus = few_bits(center, 4), -jnp.expand_dims(center, axes)
-    first = _weighted_sum(weights, select(weights, x.astype(dtype), -minus) + minus, axes)
-    second = _weighted_sum(weights, deviation(x, weights, near, axes) ** 2, axes)
+    first, second, near = _sums(x, weights, center, axes)
     count, first, second = pool.total((count, first, second)) if given else (count, *pool.total((first, second)))
     rest = first / nonzero(count)
     var = second / nonzero(count) - (rest + (center - near)) ** 2
     least = uncertainty(rest) if given else jnp.zeros_like(var)
     return Moments(count, center, jnp.where(var > least, var, least), rest)
+
+
+def _sums(x, weights, center, axes):
+    """The sum of x - center, that of (x - near)^2, and `near`."""
+    if weights is not None:
+        apart = deviation(x, weights, center, axes)
+        return _weighted_sum(weights, apart, axes), _weighted_sum(weights, apart * apart, axes), center
+    # Each sum in words of its own: XLA's CPU backend takes x - center into a sum where nothing else has a use for it,
+    # and writes it to memory otherwise.
+    near, minus = few_bits(center, 4), -jnp.expand_dims(center, axes)
+    return jnp.sum(x.astype(minus.dtype) + minus, axes), jnp.sum(deviation(x, None, near, axes) ** 2, axes), near
 
 
 def deviation(x, weights, center, axes):

@@ -160,8 +160,8 @@ def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
         affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
-        # For the sum of dy (x - mean), in words of its own: see `measure`.
-        affine = affine._replace(mean=affine.mean + 0 * affine.mean_low)
+        if weights is None:  # for the sum of dy * (x - mean), in words of its own as in `measure`
+            affine = affine._replace(mean=affine.mean + 0 * affine.mean_low)
         return affine_tangent(x, weights, affine, affine_dot, x_dot, axes), measured_dot
 
     y, measured = normalize_by_batch(axes, pool, coefficients, *primals)
