@@ -54,7 +54,8 @@ def normalize_batch(
       x: [...], float16, bfloat16, float32 or float64; reduced in float32 or wider.
       params: `Params` with fields of shape `[*features]`.
       center: a value for each feature that is known to be near its mean, such as a running mean: one pass over `x` and
-        one message to measure it, rather than two; see `moments`.
+        one message to measure it, rather than two; see `moments`. Where it was too far away `batch_norm` starts the
+        running statistics anew; `update`, which does not know of it, takes the variance as it is.
       epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
       feature_axis, weights, axis_name, axis_index_groups: as in `moments`. Where the weight is 0, the output and its
         gradient are 0.

@@ -16,7 +16,8 @@ class Params(NamedTuple):
 class State(NamedTuple):
     """Running statistics, carried by the training loop and never differentiated.
 
-    The fields can be read as they stand: there is nothing to correct before use.
+    The fields can be read as they stand: there is nothing to correct before use. Every feature stands for itself, so
+    `tree.map` slices, joins and shards states along their features. `State(mean, var)` has full evidence.
     """
 
     mean: jax.Array  # [*features], float32 or float64

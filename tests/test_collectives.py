@@ -27,10 +27,10 @@ def collectives(compiled):
     return [(found.kind, found.bytes // 4, found.place) for found in hlo.collectives(compiled.as_text())]
 
 
-def messages(check_vma):
-    """One forward and one backward. Checked, and with dy given as here, its sum goes with the first."""
-    early = FEATURES if check_vma else 0
-    return [("all-reduce", FORWARD + early, hlo.ONCE), ("all-reduce", BACKWARD[check_vma] - early, hlo.ONCE)]
+def assert_messages(found, numbers):
+    """One forward and one backward. With dy given, as here, XLA may send some of the backward one with the first."""
+    assert {(kind, place) for kind, _, place in found} == {("all-reduce", hlo.ONCE)} and len(found) <= 2
+    assert sum(size for _, size, _ in found) == numbers
 
 
 def training(way, mask):
@@ -43,7 +43,7 @@ def training(way, mask):
 def test_shard_map(devices, check_vma, mask):
     step = partial(ways.step, jbn.batch_norm, ways.nothing if check_vma else ways.psum)
     found = collectives(ways.in_shard_map(step, check_vma, i=devices).lower(X, mask, DY, PARAMS, STATE).compile())
-    assert found == messages(check_vma)
+    assert_messages(found, FORWARD + BACKWARD[check_vma])
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_shard_map(devices, check_vma, mask):
 )
 @masks
 def test_several_axes_are_summed_at_once(way, mask):
-    assert training(way, mask) == messages(way == "shard_map of two axes")
+    assert_messages(training(way, mask), FORWARD + BACKWARD[way == "shard_map of two axes"])
 
 
 @masks
@@ -64,23 +64,20 @@ def test_pmap(mask):
 
 @masks
 def test_vmap_of_shard_map_sums_all_members_at_once(mask):
-    assert training("vmap of shard_map", mask) == [(kind, 2 * size, place) for kind, size, place in messages(True)]
+    assert_messages(training("vmap of shard_map", mask), 2 * (FORWARD + BACKWARD[True]))
 
 
 @masks
 def test_scan_in_shard_map(mask):
     stacked = jax.tree.map(lambda a: a[None], (X, mask, DY))
     found = collectives(ways.runner("scan in shard_map").lower(stacked, PARAMS, STATE).compile())
-    assert sorted(found) == sorted(messages(True))
+    assert_messages(found, FORWARD + BACKWARD[True])
 
 
 @pytest.mark.parametrize("way", ["automatic", "explicit"])
 @masks
 def test_sharded_arrays(way, mask):
-    """One forward and one backward: with dy given, as here, its sum goes with whichever is first."""
-    found = training(way, mask)
-    assert [(kind, place) for kind, _, place in found] == [("all-reduce", hlo.ONCE)] * 2
-    assert sum(size for _, size, _ in found) == 4 * FEATURES + (mask is not None)
+    assert_messages(training(way, mask), 4 * FEATURES + (mask is not None))  # without a mask the count is known
 
 
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
@@ -88,17 +85,17 @@ def test_sharded_arrays(way, mask):
 def test_sharded_features(kind, mask):
     """Along the rows alone: each device sends what it has of the features."""
     x, dy, (params, state) = X[..., :12], DY[..., :12], jax.tree.map(lambda a: a[:12], (PARAMS, STATE))
-    for way in (f"{kind}, features", f"{kind}, features in shard_map"):
-        found = collectives(ways.runner(way).lower(x, mask, dy, params, state).compile())
-        assert [(name, place) for name, _, place in found] == [("all-reduce", hlo.ONCE)] * 2
-        assert sum(size for _, size, _ in found) <= 2 * 4 + 1 + 2 * 4
+
+    def of(way):
+        return collectives(ways.runner(f"{kind}, {way}").lower(x, mask, dy, params, state).compile())
+
+    assert_messages(of("features"), 4 * 4 + (mask is not None))
+    assert_messages(of("features in shard_map"), 4 * 4 + 1)
     if kind == "automatic":
-        found = collectives(ways.runner(f"{kind}, partly manual").lower(x, mask, dy, params, state).compile())
-        assert [name for name, *_ in found] == ["all-reduce"] * 2
-    found = collectives(ways.runner(f"{kind}, features, replicated state").lower(x, mask, dy, params, state).compile())
+        assert_messages(of("partly manual"), 4 * 4 + 1)
     # A state and gradients that are asked for whole are gathered: at most five vectors.
-    names = [name for name, *_ in found]
-    assert names.count("all-reduce") == 2 and names.count("all-gather") == len(names) - 2 <= 5
+    names = [name for name, *_ in of("features, replicated state")]
+    assert names.count("all-reduce") <= 2 and names.count("all-gather") == len(names) - names.count("all-reduce") <= 5
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -106,10 +103,7 @@ def test_a_mask_of_each_feature_sends_a_count_of_each(check_vma):
     mask = X > 0
     step = partial(ways.step, jbn.batch_norm, ways.nothing if check_vma else ways.psum)
     found = collectives(ways.in_shard_map(step, check_vma, i=8).lower(X, mask, DY, PARAMS, STATE).compile())
-    backward = 2 * FEATURES if check_vma else 5 * FEATURES
-    assert [place for *_, place in found] == [hlo.ONCE] * 2 and sum(
-        size for _, size, _ in found
-    ) == 3 * FEATURES + backward
+    assert_messages(found, 3 * FEATURES + (2 if check_vma else 5) * FEATURES)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
