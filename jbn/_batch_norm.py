@@ -37,11 +37,13 @@ def batch_norm(
     functions.
 
     The variance is within 1e-4 where the batch's mean is within 12 standard deviations of the running one, as it is
-    after the first step of a training. Where it is too far for that, as that of a feature far from 0 in the first step
-    or after a jump of the data, the variance used is at least what rounding can have made of it, 2e-6 of the squared
-    distance, so that `y` stays bounded; the running mean becomes that of the batch, the running variance loses its
-    evidence (weight 0), and the next step, which is exact, replaces it whole. Each feature is for itself. Where the
-    first step has to be exact on such data too: `recalibrate` on one batch before, or `normalize_batch` and `update`.
+    after the first step of a training. Beyond some 20 of them, as for a feature far from 0 in the first step or after a
+    jump of the data, the variance used is at least what rounding can have made of it, 2e-6 of the squared distance, so
+    that `y` stays bounded in training, though not exact, nor are its gradients. The running mean becomes that of the
+    batch, whatever `decay`, and the running variance loses its evidence (weight 0). The next step replaces it whole,
+    and is exact if its batch is near this one. Each feature is for itself. Where a first step has to be exact on such
+    data: `recalibrate` on one batch before. Where the batches lie so far apart at every step: `normalize_batch` without
+    a center, and `update`.
 
     Args:
       x: [...], float16, bfloat16, float32 or float64; statistics are float32 (float64 for float64 `x`).
@@ -91,6 +93,6 @@ def batch_norm(
         return y, advance(state, measured)
     x, _, axes = check_batch(x, feature_axis, weights)
     params = check_fields("params", params, Params, features_of(x, axes))
-    center = check_fields("state", state, State, features_of(x, axes)).mean
-    y, measured = normalize_batch(x, params, center=center, **options)
+    state = check_fields("state", state, State, features_of(x, axes))
+    y, measured = normalize_batch(x, params, center=state.mean, **options)
     return y, advance(state, measured, decay=decay, unbiased=unbiased, centered=True)

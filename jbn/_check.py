@@ -137,7 +137,7 @@ def check_center(center, features: Features, pool) -> jax.Array | None:
     """`center` with a value for each feature, the same on all devices of the pool as far as JAX's types tell."""
     if center is None:
         return None
-    array = jnp.asarray(center)
+    array = jnp.asarray(float(center) if isinstance(center, int) else center)
     if array.shape not in ((), features.shape):
         raise ValueError(
             f"center has shape {list(array.shape)}; expected {list(features.shape)}, a value for each feature."

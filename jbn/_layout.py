@@ -20,6 +20,11 @@ def lie(array, layout: NamedSharding | None):
     return array if layout is None else jax.sharding.reshard(array, layout)
 
 
+def everywhere(layout: NamedSharding) -> NamedSharding:
+    """What is the same on all devices of that mesh."""
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
 def automatically(f: Callable, *layouts: NamedSharding | None) -> Callable:
     """`f` with the layout of what is in between left to the compiler, and its results laid out like that."""
     return f if None in layouts else jax.sharding.auto_axes(f, out_sharding=layouts)

@@ -37,9 +37,9 @@ def merge(*moments: Moments) -> Moments:
     """
     if not moments:
         raise TypeError("merge was given nothing; pass one or more jbn.Moments, such as merge(*parts) for a list.")
-    first = check_fields("moments[0]", moments[0], Moments)
-    features = features_of(first.mean)
-    parts = [check_fields(f"moments[{i}]", part, Moments, features) for i, part in enumerate(moments)]
+    parts = [check_fields(f"moments[{i}]", part, Moments) for i, part in enumerate(moments)]
+    features = features_of(max((part.mean for part in parts), key=jnp.ndim))
+    parts = [check_fields(f"moments[{i}]", part, Moments, features) for i, part in enumerate(parts)]
     dtype = statistics_dtype(*(part.var.dtype for part in parts))
     counts = jnp.broadcast_shapes(*(part.count.shape for part in parts))
 

@@ -19,7 +19,7 @@ from jbn._check import (
     check_pool,
     features_of,
 )
-from jbn._layout import automatically, layout_of
+from jbn._layout import automatically, everywhere, layout_of
 from jbn._measure import materialize, measure, measure_tangent, remat, settled
 from jbn._merge import combine
 from jbn._types import Measuring, Moments, Params, State
@@ -106,7 +106,8 @@ def normalize_running(
 
         y = scale * (x - state.mean) / sqrt(state.var + epsilon) + bias
 
-    A state without evidence (weight 0) has mean 0 and variance 1. The state is constant in differentiation.
+    The state is used as it stands, whatever its evidence: a fresh one has mean 0 and variance 1, and a feature whose
+    last batch was far away (see `batch_norm`) the mean of that batch. The state is constant in differentiation.
 
     Args:
       x: [...], float16, bfloat16, float32 or float64.
@@ -186,6 +187,10 @@ def _in_groups(
         shared = weights is None or len(weights) != len(x)  # one weight for all rows
         each = jax.vmap(rule, (axis, None if shared else axis, *[None] * len(operands)), (axis, 0))
         y, measured = each(cut(x), weights if shared else cut(weights), *operands)
-        return jnp.reshape(y, x.shape), combine(measured)
+        return jnp.reshape(y, x.shape), *combine(measured)
 
-    return automatically(run, layout_of(x), layout_of(x, axes))(x, weights, *operands)
+    count = features = layout_of(x, axes)
+    if features and (weights is None or all(weights.shape[axis] == 1 for axis in range(x.ndim) if axis not in axes)):
+        count = everywhere(features)
+    y, *fields = automatically(run, layout_of(x), count, *[features] * 3)(x, weights, *operands)
+    return y, Moments(*fields)

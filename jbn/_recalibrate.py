@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jbn._check import check_fields
 from jbn._start import empty_moments
-from jbn._types import Measuring, is_state
+from jbn._types import Measuring, State, is_state
 from jbn._update import update
 
 States = TypeVar("States")
@@ -36,7 +37,7 @@ def recalibrate(
     a layer that no other comes before. Every further pass normalizes by the statistics of the pass before, as
     evaluation will. After k passes those of the first k layers in sequence are exact: they do not depend on how the
     data is cut into batches, nor on the states passed in. It goes on until nothing changes, in as many passes as there
-    are states at most, or in `passes`.
+    are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`.
 
     Args:
       apply: `apply(params, states, batch)` gives back a pair, whose second item is the new states in the structure of
@@ -78,11 +79,15 @@ def recalibrate(
     """
     if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise ValueError(f"passes is {passes!r}; expected an int of at least 1, or None for as many as are needed.")
+    states = jax.tree.map(_as_arrays, states, is_leaf=is_state)
     found = [leaf for leaf in jax.tree.leaves(states, is_leaf=is_state) if is_state(leaf)]
     layers = sum(math.prod(jnp.shape(state.mean)[:-1]) for state in found)  # those stacked for a scan count one by one
     if not layers:
         raise TypeError(f"states is a {type(states).__name__} without a jbn.State in it; is the order right?")
     last = layers if passes is None else passes
+    states = jax.tree.map(
+        lambda leaf: check_fields("state", leaf, State) if is_state(leaf) else leaf, states, is_leaf=is_state
+    )
     for number in range(1, last + 1):
         once = batches() if callable(batches) else batches
         if last > 1 and once is batches and isinstance(once, Iterator):
@@ -103,6 +108,10 @@ def recalibrate(
         if number > 1 and settled:
             break
     return states
+
+
+def _as_arrays(leaf):
+    return check_fields("state", leaf, State) if is_state(leaf) else leaf
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -57,7 +57,7 @@ def batch_renorm(
 
     Args:
       x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased: as in
-        `batch_norm`.
+        `batch_norm`, but `state` is a `State`.
       r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
       d_max: at least 0; may be infinite or traced.
 
@@ -95,11 +95,11 @@ def batch_renorm(
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
     params = check_fields("params", params, Params, features)
-    running = check_fields("state", state, State, features)
+    state = check_fields("state", state, State, features)
     check_epsilon(epsilon)
     check_more_than_one(x, axes, pool)
     dtype = features.dtype
-    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
+    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), state))
     center = check_center(running.mean, features, pool)
     operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max)), running
     y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, center, *operands)

@@ -16,13 +16,15 @@ class Params(NamedTuple):
 class State(NamedTuple):
     """Running statistics, carried by the training loop and never differentiated.
 
-    The fields can be read as they stand: there is nothing to correct before use. Every feature stands for itself, so
-    `tree.map` slices, joins and shards states along their features. `State(mean, var)` has full evidence.
+    The fields can be read as they stand: nothing has to be debiased before use. Every feature stands for itself, so
+    `tree.map` slices, joins and shards states along their features. Where a function is given `State(mean, var)`, a
+    number or a list, each stands for an array and the weight for 1; to slice, scan or shard a state, make it of arrays.
     """
 
     mean: jax.Array  # [*features], float32 or float64
     var: jax.Array  # [*features], float32 or float64
-    weight: jax.Array | float = 1.0  # [*features], how much evidence is in them: 0 = none yet, 1 = full
+    # [*features], how much evidence is in mean and var: 0 = none, of a fresh state or after a batch far away, 1 = full
+    weight: jax.Array | float = 1.0
 
 
 class Moments(NamedTuple):

@@ -80,7 +80,10 @@ def advance(
     if isinstance(state, Measuring):
         total = advance(state.moments, moments, amount=amount)
         return cast(Carried, dataclasses.replace(state, moments=total))
-    old = check_fields("state", state, Moments if isinstance(state, Moments) else State)
+    kind = Moments if isinstance(state, Moments) else State
+    old = check_fields("state", state, kind)
+    if not old.mean.ndim:  # one number for all features
+        old = check_fields("state", state, kind, features_of(check_fields("moments", moments, Moments).mean))
     features = features_of(old.mean)
     moments = check_fields("moments", moments, Moments, features)
     check_amount(amount, features.shape)
@@ -99,7 +102,7 @@ def _advance(old, moments, decay, amount, unbiased, centered):
     else:
         fresh = amount * (1 - jnp.asarray(decay).astype(dtype))
         new = _decayed(old, measured, fresh, unbiased)
-        new = _unless_unknown(new, old, measured) if centered else new
+        new = _unless_unknown(new, old, moments) if centered else new
     valid = (measured.count > 0) & (fresh > 0)
     for value in new:
         valid &= jnp.isfinite(value)
@@ -118,9 +121,13 @@ def _decayed(old: State, measured: Moments, fresh, unbiased) -> State:
 def _unless_unknown(new: State, old: State, measured: Moments) -> State:
     """`new`, but from the batch's mean anew where that was too far from the running one to know the variance by it.
 
-    Where the doubt is small beside the running variance, the batch is one in which the feature is constant: averaged.
+    Unknown: more than 1e-3 of the variance, some 23 standard deviations, may be rounding. Not so where that is within
+    the rounding of x itself, nor where it is small beside a running variance that has evidence: such a batch, in which
+    the feature is constant, say, is averaged as any other.
     """
-    doubt, rounding = uncertainty(measured.mean - old.mean), (jnp.finfo(old.mean.dtype).eps * measured.mean) ** 2
-    unknown = ~(doubt <= jnp.maximum(1e-3 * measured.var, rounding)) & ((old.weight <= 0) | ~(doubt <= 1e-4 * old.var))
-    anew = State(measured.mean, old.var, jnp.zeros_like(old.weight))
+    mean, var = measured.mean, measured.var
+    doubt, rounding = uncertainty(mean - old.mean.astype(mean.dtype)), (jnp.finfo(mean.dtype).eps * mean) ** 2
+    little = doubt <= 1e-4 * old.var.astype(var.dtype)
+    unknown = ~(doubt <= jnp.maximum(1e-3 * var, rounding)) & ((old.weight <= 0) | ~little)
+    anew = State(mean.astype(old.mean.dtype), old.var, jnp.zeros_like(old.weight))
     return jax.tree.map(lambda without, other: jnp.where(unknown, without, other), anew, new)

@@ -183,3 +183,40 @@ def test_called_again_outside_of_jit_nothing_is_compiled():
         assert not compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+SAME = jbn.State(np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32), np.ones(FEATURES, np.float32))
+AS_GIVEN = {
+    "numbers": (jbn.Params(1.0, 0.0), jbn.State(0.0, 1.0)),
+    "lists": (jbn.Params([1.0] * FEATURES, [0.0] * FEATURES), jbn.State([0.0] * FEATURES, [1.0] * FEATURES)),
+    "NumPy": (jbn.Params(*np.eye(2, FEATURES, dtype=np.float32) * 0 + [[1], [0]]), SAME),
+}
+
+
+@pytest.mark.parametrize(("params", "state"), AS_GIVEN.values(), ids=AS_GIVEN)
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_stands_for_arrays(params, state, traced):
+    """In every public function."""
+    x, arrays = sample(), jbn.Params(jnp.ones(FEATURES), jnp.zeros(FEATURES))
+
+    def every(x, params, state):
+        apply = partial(jbn.batch_norm, train=True)
+        return (
+            apply(x, params, state),
+            jbn.batch_norm(x, params, state, train=False)[0],
+            jbn.batch_renorm(x, params, state, train=True),
+            jbn.normalize_batch(x, params, center=state.mean),
+            jbn.normalize_running(x, params, state),
+            jbn.update(state, jbn.moments(x, center=0)),
+            jbn.merge(jbn.Moments(0.0, state.mean, state.var), jbn.moments(x)),
+            jbn.update(jbn.empty_moments(jax.tree.map(jnp.asarray, SAME)), jbn.moments(x)),
+        )
+
+    run = jax.jit(lambda x: every(x, params, state)) if traced else lambda x: every(x, params, state)
+    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), run(x), every(x, arrays, SAME))
+    if not traced:
+        found = jbn.recalibrate(lambda p, s, x: jbn.batch_norm(x, p, s, train=True), params, state, [x])
+        wanted = jbn.recalibrate(lambda p, s, x: jbn.batch_norm(x, p, s, train=True), arrays, SAME, [x])
+        jax.tree.map(
+            partial(assert_allclose, rtol=1e-5, atol=1e-6), *(jax.tree.map(np.asarray, s) for s in (found, wanted))
+        )

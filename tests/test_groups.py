@@ -112,6 +112,19 @@ def test_groups_across_shards(kind, interleaved):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5), found, run(X, PARAMS, DY))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("weights", [None, MASK[:, 0], jnp.asarray(RANDOM.uniform(size=(ROWS, 4)) < 0.7)])
+def test_groups_of_sharded_features(kind, weights):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    run = jax.jit(lambda x, weights: jbn.normalize_batch(x, jbn.init(4)[0], groups=GROUPS, weights=weights))
+    found = run(*(a if a is None else put_on(mesh, a) for a in (X[:, 0, :4], weights)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, run(X[:, 0, :4], weights))
+
+
+def put_on(mesh, a):
+    return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*mesh.axis_names[: a.ndim])))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"groups is 5 and axis 0 of x has size 24; expected a divisor of 24"):
         jbn.normalize_batch(X, PARAMS, groups=5)

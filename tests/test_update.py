@@ -323,3 +323,12 @@ def test_empty_moments_have_the_shapes_and_dtypes_of_the_states():
         assert empty["steps"] == 3
     with pytest.raises(TypeError, match=r"state is a Moments; expected a jbn.State"):
         jbn.batch_norm(jnp.ones((2, 2, 3)), jbn.init((2, 3))[0], empty["a"], train=False, feature_axis=(1, 2))
+
+
+def test_what_is_measured_in_float64_is_known_further_away():
+    """By a state in float32 too: the doubt is that of the measurement."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(1e4 + np.random.default_rng(0).standard_normal((64, FEATURES)))
+        y, after = jbn.batch_norm(x, *jbn.init(FEATURES), train=True)
+        assert_allclose(after.var, np.var(x, 0, ddof=1), rtol=1e-6)
+        assert_allclose(after.weight, 0.1, rtol=1e-6)
