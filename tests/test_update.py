@@ -329,6 +329,6 @@ def test_what_is_measured_in_float64_is_known_further_away():
     """By a state in float32 too: the doubt is that of the measurement."""
     with jax.enable_x64(True):
         x = jnp.asarray(1e4 + np.random.default_rng(0).standard_normal((64, FEATURES)))
-        y, after = jbn.batch_norm(x, *jbn.init(FEATURES), train=True)
+        _, after = jbn.batch_norm(x, *jbn.init(FEATURES), train=True)
         assert_allclose(after.var, np.var(x, 0, ddof=1), rtol=1e-6)
         assert_allclose(after.weight, 0.1, rtol=1e-6)
