@@ -93,6 +93,6 @@ def batch_norm(
         return y, advance(state, measured)
     x, _, axes = check_batch(x, feature_axis, weights)
     params = check_fields("params", params, Params, features_of(x, axes))
-    state = check_fields("state", state, State, features_of(x, axes))
-    y, measured = normalize_batch(x, params, center=state.mean, **options)
+    center = check_fields("state", state, State, features_of(x, axes)).mean
+    y, measured = normalize_batch(x, params, center=center, **options)
     return y, advance(state, measured, decay=decay, unbiased=unbiased, centered=True)

@@ -71,7 +71,7 @@ def batch_renorm(
 
     Example:
       >>> params, state = jbn.init(1)
-      >>> state = state._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]), weight=jnp.array(1.0))
+      >>> state = state._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]), weight=jnp.array([1.0]))
       >>> y, state = jbn.batch_renorm(jnp.array([[1.0], [3.0]]), params, state, train=True)
       >>> y.round(3).tolist()
       [[0.0], [1.0]]
@@ -95,11 +95,11 @@ def batch_renorm(
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
     params = check_fields("params", params, Params, features)
-    state = check_fields("state", state, State, features)
+    running = check_fields("state", state, State, features)
     check_epsilon(epsilon)
     check_more_than_one(x, axes, pool)
     dtype = features.dtype
-    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), state))
+    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
     center = check_center(running.mean, features, pool)
     operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max)), running
     y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, center, *operands)

@@ -176,3 +176,21 @@ def test_sharded_features(axis_type):
     assert_close((y,), (reference.normalize(x, *measured[1:], *params),))
     assert_close(after, reference.update([np.float64(field) for field in state], measured))
     assert_close((dx, *dparams), reference.gradients(x, dy, params.scale))
+
+
+@pytest.mark.parametrize("normalize", [jbn.batch_norm, jbn.batch_renorm])
+@pytest.mark.parametrize("of_state", [P(), P("j")])
+@pytest.mark.parametrize("of_x", [P("i", None, "j"), P("i")])
+def test_a_state_keeps_its_own_layout(of_x, of_state, normalize):
+    """On an explicit mesh the layout is part of the type: another one could not be carried by a scan."""
+    grid = ways.mesh(AxisType.Explicit, i=2, j=3)
+    x, *_ = ways.batch()
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(grid, spec))  # noqa: E731
+
+    def two(x, params, state):
+        step = lambda state, _: normalize(x, params, state, train=True)[::-1]  # noqa: E731
+        return jax.lax.scan(step, state, length=2)[0]
+
+    after = jax.jit(two)(put(x, of_x), put(PARAMS, P()), put(STATE, of_state))
+    assert all(field.sharding.is_equivalent_to(NamedSharding(grid, of_state), 1) for field in after)
+    jax.tree.map(partial(assert_allclose, rtol=1e-6, atol=1e-6), after, two(x, PARAMS, STATE))
