@@ -6,10 +6,12 @@ from typing import cast
 import jax
 from jax.typing import ArrayLike
 
-from jbn._check import check_batch, check_fields, check_fraction, check_train, features_of
+from jbn._check import check_batch, check_decay, check_train
+from jbn._fields import check_fields, features_of
 from jbn._measure import moments
+from jbn._measuring import held_by
 from jbn._normalize import normalize_batch, normalize_running
-from jbn._types import Carried, Measuring, Moments, Params, State
+from jbn._types import Carried, Moments, Params, State
 from jbn._update import advance
 
 
@@ -21,9 +23,9 @@ def batch_norm(
     train: bool,
     decay: float | jax.Array = 0.9,
     epsilon: float | jax.Array = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = True,
     groups: int = 1,
@@ -81,16 +83,22 @@ def batch_norm(
       [4.5, 5.5, 6.5]
     """
     check_train(train)
-    check_fraction("decay", decay)
+    check_decay(decay)
     options = {"feature_axis": feature_axis, "weights": weights}
     pooling = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-    if not train or (isinstance(state, Measuring) and not state.by_batch):
+    if not train and isinstance(state, Moments):
+        raise TypeError(
+            "state is a Moments, which accumulates in training; to evaluate make a state of it, such as "
+            "jbn.update(state, moments, decay=0.0)."
+        )
+    held = held_by(state)
+    if not train or (held and held.given):
         y = normalize_running(x, params, cast(State, state), epsilon=epsilon, **options)
-        return y, advance(state, moments(x, **options, **pooling)) if train else state
+        return y, advance(state, moments(x, **options, **pooling), unbiased=unbiased) if train else state
     options |= pooling | {"epsilon": epsilon, "groups": groups, "interleaved": interleaved}
-    if isinstance(state, Moments | Measuring):
+    if held or isinstance(state, Moments):
         y, measured = normalize_batch(x, params, **options)
-        return y, advance(state, measured)
+        return y, advance(state, measured, unbiased=unbiased)
     x, _, axes = check_batch(x, feature_axis, weights)
     params = check_fields("params", params, Params, features_of(x, axes))
     center = check_fields("state", state, State, features_of(x, axes)).mean

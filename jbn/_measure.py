@@ -10,7 +10,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jbn._check import check_batch, check_center, check_pool, features_of, statistics_dtype
+from jbn._check import check_batch, statistics_dtype
+from jbn._fields import check_center, features_of
+from jbn._pool import check_pool
 from jbn._types import Moments
 
 
@@ -18,9 +20,9 @@ def moments(
     x: ArrayLike,
     *,
     center: ArrayLike | None = None,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
     """Measure count, mean and population variance of every feature of a batch.
@@ -116,16 +118,21 @@ def measure(x, weights, center, axes, pool) -> Moments:
     """
     dtype = statistics_dtype(x.dtype)
     count = _count(x, weights, axes, dtype)
+    squares = _count(x, weights * weights, axes, dtype) if _real(weights) else None
     given = center is not None
     if not given:
-        count, first = pool.total((count, _weighted_sum(weights, select(weights, x.astype(dtype)), axes)))
+        first = _weighted_sum(weights, select(weights, x.astype(dtype)), axes)
+        count, squares, first = pool.total((count, squares, first))
         center = few_bits(first / nonzero(count), 3)
     first, second, near = _sums(x, weights, center, axes)
-    count, first, second = pool.total((count, first, second)) if given else (count, *pool.total((first, second)))
+    if given:
+        count, squares, first, second = pool.total((count, squares, first, second))
+    else:
+        first, second = pool.total((first, second))
     rest = first / nonzero(count)
     var = second / nonzero(count) - (rest + (center - near)) ** 2
     least = uncertainty(rest) if given else jnp.zeros_like(var)
-    return Moments(count, center, jnp.where(var > least, var, least), rest)
+    return Moments(count, center, jnp.where(var > least, var, least), rest, count if squares is None else squares)
 
 
 def _sums(x, weights, center, axes):
@@ -175,18 +182,22 @@ def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool) -> Mom
     dtype = statistics_dtype(x.dtype)
     apart = deviation(x, weights, measured.mean, axes) - jnp.expand_dims(measured.mean_low, axes)
     x_dot = select(weights, x_dot.astype(dtype))
-    zeroth = jnp.zeros_like(measured.count)
+    zeroth = squares = jnp.zeros_like(measured.count)
     first = _weighted_sum(weights, x_dot, axes)
     second = _weighted_sum(weights, 2 * apart * x_dot, axes)
     if weights_dot is not None:
         weights_dot = select(weights, weights_dot)
         zeroth += _count(x, weights_dot, axes, dtype)
+        squares += _count(x, 2 * weights * weights_dot, axes, dtype)
         first += jnp.sum(weights_dot * apart, axes)
         second += jnp.sum(weights_dot * apart * apart, axes)
-    zeroth, first, second = pool.total((zeroth, first, second))
+    if weights_dot is None:
+        zeroth, first, second = pool.total((zeroth, first, second))
+    else:
+        zeroth, squares, first, second = pool.total((zeroth, squares, first, second))
     divisor = nonzero(measured.count)
     rest, var = first / divisor, (second - measured.var * zeroth) / divisor
-    return Moments(zeroth, jnp.zeros_like(measured.mean), var, rest)
+    return Moments(zeroth, jnp.zeros_like(measured.mean), var, rest, squares)
 
 
 def select(weights, values, instead: ArrayLike = 0):
@@ -196,7 +207,14 @@ def select(weights, values, instead: ArrayLike = 0):
 
 def _weighted_sum(weights, values, axes):
     """sum(weights * values) over `axes`, for `values` that are 0 wherever a mask is."""
-    return jnp.sum(values if weights is None or weights.dtype == jnp.bool_ else weights * values, axes)
+    if weights is not None and weights.dtype != jnp.bool_:
+        values = weights.astype(values.dtype) * values
+    return jnp.sum(values, axes)
+
+
+def _real(weights) -> bool:
+    """Whether weights are in some unit, rather than a mask or the number of times that each value counts."""
+    return weights is not None and jnp.issubdtype(weights.dtype, jnp.floating)
 
 
 def _count(x, weights, axes, dtype):

@@ -1,10 +1,20 @@
-"""Pool moments that were measured apart."""
+"""Pool moments, and states, that were measured apart."""
 
+from functools import partial
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
 
-from jbn._check import check_fields, features_of, statistics_dtype
+from jbn._check import as_floating, known, statistics_dtype
+from jbn._fields import check_fields, check_states, features_of
 from jbn._measure import few_bits, nonzero, settled
-from jbn._types import Moments
+from jbn._types import Moments, State, is_state
+
+States = TypeVar("States")
 
 
 def merge(*moments: Moments) -> Moments:
@@ -46,13 +56,77 @@ def merge(*moments: Moments) -> Moments:
     def column(field, shape):
         return jnp.stack([jnp.broadcast_to(getattr(part, field).astype(dtype), shape) for part in parts])
 
-    fields = (column(field, features.shape) for field in Moments._fields[1:])
-    return combine(Moments(column("count", counts), *fields))
+    mean, var, low = (column(field, features.shape) for field in ("mean", "var", "mean_low"))
+    return combine(Moments(column("count", counts), mean, var, low, column("squares", counts)))
+
+
+def merge_states(*states: States, shares: ArrayLike | None = None) -> States:
+    """One state of several: of runs or hosts that went apart, of a target network and the one it follows.
+
+    With shares p_i that sum to 1, for each feature:
+
+        weight = sum(p_i weight_i),  q_i = p_i weight_i / weight
+        mean = sum(q_i mean_i),  var = sum(q_i (var_i + (mean_i - mean)^2))          within plus between
+
+    So a state counts by its evidence, and one without any (weight 0) adds nothing. Where none has any of a feature, the
+    mean and variance of the first stay.
+
+    Args:
+      *states: one or more `State`, or pytrees of them in one structure; what else is in there is that of the first.
+      shares: `[len(states)]`, not negative, in any unit, such as the number of batches behind each; may be traced.
+        Equal ones if not given. `merge_states(target, online, shares=[1 - tau, tau])` is a soft update.
+
+    Returns:
+      A `State`, or the pytree of them, in the dtypes of the first. It carries no gradient.
+
+    Raises:
+      TypeError: no argument, or there is no `State` in one.
+      ValueError: shapes or structures differ, there is not one share for each, or they are negative or all 0.
+
+    Source: Chan, Golub & LeVeque 1979, as `merge`.
+
+    Example:
+      >>> run = jbn.State(jnp.array([1.0]), jnp.array([2.0]), jnp.array([1.0]))
+      >>> other = jbn.State(jnp.array([4.0]), jnp.array([2.0]), jnp.array([0.5]))
+      >>> _, fresh = jbn.init(1)
+      >>> merged = jbn.merge_states(run, other, fresh)
+      >>> merged.mean.tolist(), merged.var.tolist(), merged.weight.tolist()
+      ([2.0], [4.0], [0.5])
+    """
+    if not states:
+        raise TypeError("merge_states was given nothing; pass one or more, such as merge_states(*runs) for a list.")
+    given = np.ones(len(states), np.float32) if shares is None else shares
+    shares = as_floating("shares", given)
+    if shares.shape != (len(states),) or (known(given) and not (np.min(given) >= 0 and 0 < np.sum(given) < np.inf)):
+        raise ValueError(f"shares is {given}; expected {len(states)} numbers, not negative and not all 0.")
+    for index, each in enumerate(states):
+        check_states(f"states[{index}]", each)
+        if jax.tree.structure(each, is_leaf=is_state) != jax.tree.structure(states[0], is_leaf=is_state):
+            raise ValueError(
+                f"states[{index}] ({type(each).__name__}) is in another structure than states[0] "
+                f"({type(states[0]).__name__})."
+            )
+    merged = partial(_merged, shares / jnp.sum(shares))
+    return jax.tree.map(lambda *each: merged(*each) if is_state(each[0]) else each[0], *states, is_leaf=is_state)
+
+
+def _merged(shares, *states: State) -> State:
+    features = features_of(max((jnp.asarray(state.mean) for state in states), key=jnp.ndim))
+    states = tuple(check_fields(f"states[{i}]", state, State, features) for i, state in enumerate(states))
+    dtype = statistics_dtype(*(leaf.dtype for leaf in jax.tree.leaves(states)))
+    mean, var, weight = (jnp.stack([field.astype(dtype) for field in fields]) for fields in zip(*states, strict=True))
+    shares = jnp.reshape(shares.astype(dtype), (-1, *[1] * len(features.shape)))
+    evidence = shares * weight
+    merged = combine(Moments(evidence, mean, var, jnp.zeros_like(mean), evidence))
+    some = merged.count > 0
+    new = State(jnp.where(some, merged.mean, mean[0]), jnp.where(some, merged.var, var[0]), merged.count)
+    return lax.stop_gradient(jax.tree.map(lambda to, like: to.astype(like.dtype), new, states[0]))
 
 
 def combine(parts: Moments) -> Moments:
     """Pool `parts`, whose fields have one more axis in front."""
     count = jnp.sum(parts.count, 0)
+    squares = jnp.sum(jnp.where(parts.count > 0, parts.squares, jnp.zeros_like(parts.squares)), 0)
     column = parts.count.shape + (1,) * (parts.mean.ndim - parts.count.ndim)
     present = jnp.reshape(parts.count > 0, column)
     share = jnp.reshape(parts.count / jnp.expand_dims(nonzero(count), 0), column)
@@ -63,4 +137,4 @@ def combine(parts: Moments) -> Moments:
     apart = mean - jnp.expand_dims(center, 0) + low
     rest = jnp.sum(share * apart, 0)
     between = (apart - jnp.expand_dims(rest, 0)) ** 2
-    return settled(Moments(count, center, jnp.sum(share * (var + between), 0), rest))
+    return settled(Moments(count, center, jnp.sum(share * (var + between), 0), rest, squares))

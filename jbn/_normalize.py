@@ -1,6 +1,6 @@
 """Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -9,20 +9,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._affine import affine, affine_tangent, normalize_by_given, standardize
-from jbn._check import (
-    check_batch,
-    check_center,
-    check_epsilon,
-    check_fields,
-    check_groups,
-    check_more_than_one,
-    check_pool,
-    features_of,
-)
+from jbn._check import check_batch, check_epsilon, check_groups, check_more_than_one
+from jbn._fields import check_center, check_fields, features_of
 from jbn._layout import automatically, everywhere, layout_of
-from jbn._measure import materialize, measure, measure_tangent, remat, settled
+from jbn._measure import materialize, measure, measure_tangent, remat, select, settled
+from jbn._measuring import held_by
 from jbn._merge import combine
-from jbn._types import Measuring, Moments, Params, State
+from jbn._pool import check_pool
+from jbn._types import Moments, Params, State
 
 
 def normalize_batch(
@@ -31,9 +25,9 @@ def normalize_batch(
     *,
     center: ArrayLike | None = None,
     epsilon: float | jax.Array = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int = 1,
     interleaved: bool = False,
@@ -85,34 +79,39 @@ def normalize_batch(
     params = check_fields("params", params, Params, features)
     center = check_center(center, features, pool)
     check_epsilon(epsilon)
-    check_groups(groups, x, axes)
+    groups = check_groups(groups, x, axes)
     check_more_than_one(x, axes, pool, groups)
     operands = x, weights, center, params, jnp.asarray(epsilon, features.dtype)
-    rule = partial(normalize_by_batch, axes, pool, standardize)
-    y, measured = rule(*operands) if groups == 1 else _in_groups(rule, axes, groups, interleaved, *operands)
+    if groups == 1:
+        y, measured = normalize_by_batch(axes, pool, standardize, *operands)
+    else:
+        y, measured = _in_groups(axes, pool, groups, interleaved, *operands)
     return y, settled(measured)
 
 
 def normalize_running(
     x: ArrayLike,
     params: Params,
-    state: State | Measuring,
+    state: State | Moments,
     *,
     epsilon: float | jax.Array = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
 ) -> jax.Array:
-    """Normalize `x` by running statistics, as in evaluation. Nothing is communicated.
+    """Normalize `x` by given statistics, as in evaluation by the running ones. Nothing is communicated.
 
         y = scale * (x - state.mean) / sqrt(state.var + epsilon) + bias
 
     The state is used as it stands, whatever its evidence: a fresh one has mean 0 and variance 1, and a feature whose
-    last batch was far away (see `batch_norm`) the mean of that batch. The state is constant in differentiation.
+    last batch was far away (see `batch_norm`) the mean of that batch. A state is constant in differentiation; `Moments`
+    in its place, such as those of another batch, are differentiable in mean and variance, to any order:
+
+        dmean = -sum(dy * scale) / sqrt(var + epsilon),  dvar = -sum(dy * (y - bias)) / (2 (var + epsilon))
 
     Args:
       x: [...], float16, bfloat16, float32 or float64.
       params: `Params` with fields of shape `[*features]`.
-      state: `State` with fields of shape `[*features]`.
+      state: `State` or `Moments` with fields of shape `[*features]`.
       epsilon, feature_axis: as in `normalize_batch`.
       weights: as in `moments`; all they do here is to blank: where the weight is 0, the output and its gradient are 0.
 
@@ -131,16 +130,19 @@ def normalize_running(
       >>> jbn.normalize_running(jnp.array([[4.0]]), params, state).round(3).tolist()
       [[1.0]]
     """
-    if isinstance(state, Measuring):
-        state = state.state
+    if held := held_by(state):
+        state = held.given or State(state.mean, state.var)
     x, weights, axes = check_batch(x, feature_axis, weights)
     features = features_of(x, axes)
     params = check_fields("params", params, Params, features)
-    state = check_fields("state", state, State, features)
     check_epsilon(epsilon)
-    mean, var = (lax.stop_gradient(field).astype(features.dtype) for field in (state.mean, state.var))
-    running = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean))
-    return normalize_by_given(axes, x, weights, standardize(running, params, jnp.asarray(epsilon, features.dtype)))
+    if isinstance(state, Moments):
+        given = check_fields("state", state, Moments, features)
+    else:
+        mean, var, _ = lax.stop_gradient(check_fields("state", state, State, features))
+        given = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean))
+    given = jax.tree.map(lambda field: field.astype(features.dtype), given)
+    return normalize_by_given(axes, x, weights, standardize(given, params, jnp.asarray(epsilon, features.dtype)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -170,27 +172,28 @@ def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
-def _in_groups(
-    rule: Callable, axes, groups: int, interleaved: bool, x, weights, *operands
-) -> tuple[jax.Array, Moments]:
-    """`rule(x, weights, *operands)`, which gives y and moments over `axes`, for every group of axis 0 on its own.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _in_groups(axes, pool, groups: int, interleaved: bool, x, weights, *operands) -> tuple[jax.Array, Moments]:
+    """`normalize_by_batch` for every group of axis 0 on its own.
 
     Groups are contiguous parts; with `interleaved` row i belongs to group i mod groups. The moments are those of all.
     """
+    rule = partial(normalize_by_batch, axes, pool, standardize)
     axis = 1 if interleaved else 0
 
     def cut(values):
-        each = len(values) // groups
+        each = values.shape[0] // groups
         return jnp.reshape(values, ((each, groups) if interleaved else (groups, each)) + values.shape[1:])
 
     def run(x, weights, *operands):
-        shared = weights is None or len(weights) != len(x)  # one weight for all rows
+        shared = weights is None or weights.shape[0] == 1  # one weight for all rows
         each = jax.vmap(rule, (axis, None if shared else axis, *[None] * len(operands)), (axis, 0))
-        y, measured = each(cut(x), weights if shared else cut(weights), *operands)
+        # What is cut is kept for the backward pass: JAX would find a masked NaN in there, where it is told to look.
+        y, measured = each(cut(select(weights, x)), weights if shared else cut(weights), *operands)
         return jnp.reshape(y, x.shape), *combine(measured)
 
     count = features = layout_of(x, axes)
     if features and (weights is None or all(weights.shape[axis] == 1 for axis in range(x.ndim) if axis not in axes)):
         count = everywhere(features)
-    y, *fields = automatically(run, layout_of(x), count, *[features] * 3)(x, weights, *operands)
+    y, *fields = automatically(run, layout_of(x), count, *[features] * 3, count)(x, weights, *operands)
     return y, Moments(*fields)

@@ -9,21 +9,13 @@ from jax.typing import ArrayLike
 
 from jbn._affine import Affine, standardize
 from jbn._batch_norm import batch_norm
-from jbn._check import (
-    check_batch,
-    check_center,
-    check_epsilon,
-    check_fields,
-    check_fraction,
-    check_limit,
-    check_more_than_one,
-    check_pool,
-    check_train,
-    features_of,
-)
+from jbn._check import check_batch, check_decay, check_epsilon, check_limit, check_more_than_one, check_train
+from jbn._fields import check_center, check_fields, features_of
 from jbn._measure import settled
+from jbn._measuring import held_by
 from jbn._normalize import normalize_by_batch
-from jbn._types import Measuring, Moments, Params, State
+from jbn._pool import check_pool
+from jbn._types import Moments, Params, State
 from jbn._update import advance
 
 
@@ -34,12 +26,13 @@ def batch_renorm(
     *,
     train: bool,
     r_max: float | jax.Array = 3.0,
+    r_min: float | jax.Array | None = None,
     d_max: float | jax.Array = 5.0,
     decay: float | jax.Array = 0.9,
     epsilon: float | jax.Array = 1e-5,
-    feature_axis: int | tuple[int, ...] = -1,
+    feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = True,
 ) -> tuple[jax.Array, State]:
@@ -47,7 +40,7 @@ def batch_renorm(
 
     With s = sqrt(var + epsilon) of the batch and s_run of the running statistics, and r and d without gradient,
 
-        r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
+        r = clip(s / s_run, r_min, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
         y = scale * ((x - mean) / s * r + d) + bias
 
     `r_max=1, d_max=0` is `batch_norm`; with both infinite y is what `normalize_running` gives, while
@@ -59,6 +52,7 @@ def batch_renorm(
       x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased: as in
         `batch_norm`, but `state` is a `State`.
       r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
+      r_min: in [0, 1], may be traced; 1 / r_max, as in the paper, where it is not given.
       d_max: at least 0; may be infinite or traced.
 
     Returns:
@@ -77,10 +71,12 @@ def batch_renorm(
       [[0.0], [1.0]]
     """
     check_train(train)
-    check_fraction("decay", decay)
+    check_decay(decay)
     check_limit("r_max", r_max, 1)
     check_limit("d_max", d_max, 0)
-    if not train or isinstance(state, Measuring):
+    if r_min is not None:
+        check_limit("r_min", r_min, 0, 1)
+    if not train or held_by(state):
         return batch_norm(
             x,
             params,
@@ -91,6 +87,7 @@ def batch_renorm(
             weights=weights,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
+            unbiased=unbiased,
         )
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
@@ -101,18 +98,19 @@ def batch_renorm(
     dtype = features.dtype
     running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
     center = check_center(running.mean, features, pool)
-    operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_max, d_max)), running
+    r_min = 1 / jnp.asarray(r_max, dtype) if r_min is None else r_min
+    operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_min, r_max, d_max)), running
     y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, center, *operands)
     return y, advance(state, settled(measured), decay=decay, unbiased=unbiased, centered=True)
 
 
-def _corrected(measured: Moments, params: Params, epsilon, r_max, d_max, running: State) -> Affine:
+def _corrected(measured: Moments, params: Params, epsilon, r_min, r_max, d_max, running: State) -> Affine:
     """The coefficients of `standardize` for params that r and d are part of."""
     batch = lax.stop_gradient(measured)
     spread, apart = running.var + epsilon, batch.mean - running.mean + batch.mean_low
     usable = (running.weight > 0) & (spread > 0)  # selected rather than multiplied: what is not used may be infinite
     spread = jnp.where(usable, spread, jnp.ones_like(spread))
-    r = jnp.clip(jnp.sqrt((batch.var + epsilon) / spread), 1 / r_max, r_max)
+    r = jnp.clip(jnp.sqrt((batch.var + epsilon) / spread), r_min, r_max)
     d = jnp.clip(apart / jnp.sqrt(spread), -d_max, d_max)
     r, d = jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))
     scale = jnp.ones_like(r) if params.scale is None else params.scale.astype(r.dtype)

@@ -1,5 +1,7 @@
 """How params, states and moments start."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,7 +11,7 @@ from jbn._types import Moments, Params, State, is_state
 
 
 def init(
-    features: int | tuple[int, ...],
+    features: int | Sequence[int],
     *,
     scale: bool = True,
     bias: bool = True,

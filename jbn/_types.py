@@ -1,9 +1,9 @@
 """The three values that flow through batch normalization."""
 
-import dataclasses
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.export
 
 
 class Params(NamedTuple):
@@ -32,6 +32,9 @@ class Moments(NamedTuple):
 
     `mean_low` is what rounding took from `mean`: `mean + mean_low` is the mean to twice the precision. Without it,
     variances merged from parts of N values with mean/std = 1e5 would be off by about 0.005 / sqrt(N).
+
+    `count**2 / squares` is the effective number of values (Kish 1965, "Survey Sampling", section 11.2), the same in
+    every unit of the weights: the count itself where weights are a mask, or whole numbers in an integer dtype.
     """
 
     # [], the number of values per feature, or the sum of their weights; [*features] where weights differ between them
@@ -39,19 +42,14 @@ class Moments(NamedTuple):
     mean: jax.Array  # [*features]
     var: jax.Array  # [*features], divided by count
     mean_low: jax.Array | float = 0.0  # [*features]
+    # as count: the sum of the squared weights where those are real numbers; `None` stands for count
+    squares: jax.Array = None  # pyright: ignore[reportAssignmentType]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Measuring:
-    """What stands in the place of a `State` while `recalibrate` measures: `state` stays, `moments` accumulate."""
+for _kind in (Params, State, Moments):
+    jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jbn.{_kind.__name__}")
 
-    state: State
-    moments: Moments
-    by_batch: bool = dataclasses.field(metadata={"static": True})  # what normalizes in training: else `state` does
-
-
-Carried = TypeVar("Carried", bound=State | Moments | Measuring)  # what a layer hands on from one step to the next
+Carried = TypeVar("Carried", bound=State | Moments)  # what a layer hands on from one step to the next
 
 
 def is_state(value) -> bool:

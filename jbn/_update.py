@@ -1,6 +1,5 @@
 """Move running statistics towards a measurement."""
 
-import dataclasses
 from functools import partial
 from typing import cast
 
@@ -9,10 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._check import check_amount, check_fields, check_fraction, features_of
-from jbn._measure import uncertainty
+from jbn._check import as_array, check_amount, check_decay
+from jbn._fields import check_fields, features_of
+from jbn._measure import nonzero, uncertainty
+from jbn._measuring import held_by, holding
 from jbn._merge import merge
-from jbn._types import Carried, Measuring, Moments, State
+from jbn._types import Carried, Moments, State
+
+ROUNDING = 1e-4  # of sums of weights: so near to 1 the effective number of values is 1
 
 
 def update(
@@ -31,7 +34,8 @@ def update(
 
     From `weight` 0 this is the exactly debiased moving average at every step, and the first measurement replaces the
     state whole; from `weight` 1 it is the plain moving average. Each feature is for itself. It stays finite: a
-    measurement with count 0 or a value that is not finite leaves it as it was, bit for bit. So does `amount` 0.
+    measurement of no value, of a single one, which says nothing of a variance, or with a value that is not finite
+    leaves it as it was, bit for bit. So does `amount` 0.
 
     `Moments` in the place of the state accumulate where a state decays: `merge`, under the same protection. They start
     as `empty_moments(state)`, and one `update` of the state by them is that of all they were given.
@@ -42,9 +46,8 @@ def update(
       decay: weight of the old value, in [0, 1]; may be traced. The `momentum` of Flax and Keras; one minus PyTorch's.
       amount: how much of a step to take, in [0, 1], a scalar or `[*features]`; may be traced or boolean, and so gates
         the update at run time. Of `Moments` it multiplies the count.
-      unbiased: feed var * count / max(count - 1, 1) into the running variance (the 2015 paper, PyTorch) rather than var
-        (Flax, Haiku, Keras). Weights count as numbers of samples here: with weights of another scale, such as
-        probabilities, pass `False`.
+      unbiased: feed var * n / (n - 1) into the running variance (the 2015 paper, PyTorch) rather than var (Flax, Haiku,
+        Keras), with n the effective number of values: `count`, or count**2 / squares where weights are real numbers.
 
     Returns:
       The new `State` or `Moments`, in the shapes and dtypes of the old; the `count` of `Moments` is `[*features]`. It
@@ -63,7 +66,7 @@ def update(
       >>> state.mean.tolist(), state.var.tolist(), state.weight.round(3).tolist()
       ([2.0], [2.0], [0.10000000149011612])
     """
-    check_fraction("decay", decay)
+    check_decay(decay)
     return advance(state, moments, decay=decay, amount=amount, unbiased=unbiased)
 
 
@@ -77,9 +80,10 @@ def advance(
     centered: bool = False,
 ) -> Carried:
     """`update`, where `centered` says that the moments were measured about the running mean."""
-    if isinstance(state, Measuring):
-        total = advance(state.moments, moments, amount=amount)
-        return cast(Carried, dataclasses.replace(state, moments=total))
+    if held := held_by(state):
+        total = advance(held.moments, moments, amount=amount)
+        found = advance(State(state.mean, state.var), total, decay=0.0, unbiased=unbiased)
+        return cast(Carried, holding(found, total, held.given))
     kind = Moments if isinstance(state, Moments) else State
     old = check_fields("state", state, kind)
     if not old.mean.ndim:  # one number for all features
@@ -88,34 +92,44 @@ def advance(
     moments = check_fields("moments", moments, Moments, features)
     check_amount(amount, features.shape)
     if isinstance(old, Moments):  # each feature is protected by itself, and so has a count of its own
-        old = old._replace(count=jnp.broadcast_to(old.count, features.shape))
-    return cast(Carried, _advance(old, moments, decay, amount, unbiased, centered))
+        counts = (jnp.broadcast_to(value, features.shape) for value in (old.count, old.squares))
+        old = old._replace(**dict(zip(("count", "squares"), counts, strict=True)))
+    return cast(Carried, _advance(old, moments, decay, as_array("amount", amount), unbiased, centered))
 
 
 @partial(jax.jit, static_argnames=("unbiased", "centered"))
 def _advance(old, moments, decay, amount, unbiased, centered):
     dtype = old.mean.dtype
     measured = jax.tree.map(lambda field: field.astype(dtype), moments)
-    amount = jnp.asarray(amount).astype(dtype)
+    amount = amount.astype(dtype)
     if isinstance(old, Moments):
-        fresh, new = amount, merge(old, measured._replace(count=amount * measured.count))
+        part = measured._replace(count=amount * measured.count, squares=amount**2 * measured.squares)
+        new, valid = merge(old, part), (measured.count > 0) & (amount > 0)
     else:
         fresh = amount * (1 - jnp.asarray(decay).astype(dtype))
-        new = _decayed(old, measured, fresh, unbiased)
+        several = 1 - _reciprocal_number(measured)
+        enough = several > ROUNDING
+        var = measured.var / jnp.where(enough, several, jnp.ones_like(several)) if unbiased else measured.var
+        new = _decayed(old, measured._replace(var=var), fresh)
         new = _unless_unknown(new, old, moments) if centered else new
-    valid = (measured.count > 0) & (fresh > 0)
+        valid = (measured.count > 0) & enough & (fresh > 0) & jnp.isfinite(measured.count)
     for value in new:
         valid &= jnp.isfinite(value)
     moved = jax.tree.map(lambda to, still: jnp.where(valid, to.astype(still.dtype), still), new, old)
     return lax.stop_gradient(moved)
 
 
-def _decayed(old: State, measured: Moments, fresh, unbiased) -> State:
-    var = measured.var * (measured.count / jnp.maximum(measured.count - 1, 1)) if unbiased else measured.var
+def _reciprocal_number(measured: Moments):
+    """1 / n, with n the effective number of values, count**2 / squares."""
+    count = nonzero(measured.count)
+    return measured.squares / count / count  # in this order: neither the square of a large count nor of a small one
+
+
+def _decayed(old: State, measured: Moments, fresh) -> State:
     weight = (1 - fresh) * old.weight + fresh
     share = jnp.where(weight > 0, fresh / jnp.where(weight > 0, weight, 1), 0)
     # The weighted mean rather than the increment: at share 1 it is the measurement itself, to the last bit.
-    return State((1 - share) * old.mean + share * measured.mean, (1 - share) * old.var + share * var, weight)
+    return State((1 - share) * old.mean + share * measured.mean, (1 - share) * old.var + share * measured.var, weight)
 
 
 def _unless_unknown(new: State, old: State, measured: Moments) -> State:

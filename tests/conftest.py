@@ -15,3 +15,16 @@ def _strict(request):
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def compilations():
+    """What is traced or compiled from here on: a list that grows."""
+    found = []
+
+    def listen(event, duration, **_):
+        found.extend([event] * ("compile" in event or "trace" in event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -33,6 +33,14 @@ def moments(x, weights=None, feature_axis=-1):
     return count if np.ptp(count) else count.flat[0], mean, var
 
 
+def number(weights, shape, feature_axis=-1):
+    """The effective number of values of each feature of `shape` in float64: of a mask, how many it leaves."""
+    axes = reduced_axes(len(shape), feature_axis)
+    weights = full_weights(np.empty(shape), weights, feature_axis)
+    total = weights.sum(axes)
+    return np.divide(total**2, (weights**2).sum(axes), out=np.zeros_like(total), where=total > 0)
+
+
 def normalize(x, mean, var, scale, bias, epsilon=1e-5, feature_axis=-1):
     axes = reduced_axes(np.ndim(x), feature_axis)
     mean, var, scale, bias = (np.expand_dims(np.asarray(a, np.float64), axes) for a in (mean, var, scale, bias))

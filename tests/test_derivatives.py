@@ -141,7 +141,7 @@ def test_finite_differences_of_moments():
 @weighted
 def test_moments_are_differentiable(weights):
     def ours(x):
-        _, mean, var, _ = jbn.moments(x, weights=weights)
+        _, mean, var, *_ = jbn.moments(x, weights=weights)
         return jnp.sum(jnp.sin(mean) * var)
 
     def plain(x):
@@ -193,6 +193,49 @@ def test_normalize_running(weights):
     for transform in (jax.grad, jax.hessian):
         assert_close(*(jit(transform(lambda v, f=f: weigh(f(*unravel(v)))))(vector) for f in (got, expected)))
     assert_close(*(jit(jax.jacfwd(lambda v, f=f: f(*unravel(v))))(vector) for f in (got, expected)))
+
+
+def by_given(x, scale, bias, epsilon, mean, var, low):
+    moments = jbn.Moments(jnp.asarray(4.0), mean, var, low)
+    return jbn.normalize_running(x, jbn.Params(scale, bias), moments, epsilon=epsilon)
+
+
+def plain_by_given(x, scale, bias, epsilon, mean, var, low):
+    return (x - (mean + low)[None]) / jnp.sqrt(var + epsilon)[None] * scale[None] + bias[None]
+
+
+@float64
+def test_normalize_running_by_moments_that_are_given():
+    """To any order in all of them, mean and variance too."""
+    given = jnp.asarray([0.3, -1.0, 2.0]), jnp.asarray([0.5, 1.0, 4.0]), jnp.asarray([0.01, 0.0, -0.02])
+    vector, unravel = ravel_pytree((*arguments(), *given))
+    both = [lambda v, f=f: f(*unravel(v)) for f in (by_given, plain_by_given)]
+    for transform in (jax.grad, jax.hessian, lambda f: jax.jacfwd(jax.hessian(f))):
+        assert_close(*(jit(transform(lambda v, f=f: weigh(f(v))))(vector) for f in both))
+    check_grads(jax.jit(both[0]), (vector,), order=2, modes=["fwd", "rev"], rtol=1e-4, atol=1e-4)
+
+
+@float64
+@weighted
+def test_normalize_running_by_the_moments_of_the_batch_is_normalize_batch(weights):
+    """With all its derivatives: the batch's statistics are given by a function of x."""
+
+    def twice(x, scale, bias, epsilon):
+        measured = jbn.moments(x, weights=weights)
+        return jbn.normalize_running(x, jbn.Params(scale, bias), measured, epsilon=epsilon, weights=weights)
+
+    once = partial(ours, weights=weights)
+    vector, unravel = ravel_pytree(arguments())
+    for transform in (jax.grad, jax.hessian):
+        assert_close(*(jit(transform(lambda v, f=f: weigh(f(*unravel(v)))))(vector) for f in (twice, once)))
+
+
+@float64
+def test_a_state_that_is_given_is_constant():
+    x, *_ = arguments()
+    _, state = jbn.init(FEATURES, dtype=x.dtype)
+    gradients = jax.grad(lambda state: jnp.sum(jbn.normalize_running(x, jbn.Params(None, None), state) ** 3))(state)
+    assert not any(np.any(field) for field in gradients)
 
 
 @float64

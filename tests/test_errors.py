@@ -33,9 +33,31 @@ normalizing = pytest.mark.parametrize("f", list(MEASURING.values())[1:], ids=lis
 
 
 @measuring
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64])
-def test_x_that_is_not_real_floating_point(f, dtype):
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_x_that_is_not_floating_point(f, dtype):
     refused(TypeError, rf"x is {jnp.dtype(dtype)}\[4, 3\].*floating-point.*cast", f, X.astype(dtype))
+
+
+@measuring
+def test_complex_x_and_the_remedy_that_keeps_both_halves(f):
+    x = np.random.default_rng(0).normal(size=(8, 3)) + 1j * np.random.default_rng(1).normal(size=(8, 3))
+    message = (
+        r"x is complex64\[8, 3\].*imaginary.*features of their own.*jnp.concatenate\(\[x.real, x.imag\], axis=-1\)"
+    )
+    refused(TypeError, message, f, jnp.asarray(x, jnp.complex64))
+    both = jbn.moments(jnp.concatenate([x.real, x.imag], axis=-1))
+    np.testing.assert_allclose(both.var, np.concatenate([x.real.var(0), x.imag.var(0)]), rtol=1e-5)
+
+
+@measuring
+@pytest.mark.parametrize("x", [None, "x", {"x": X}, [[1.0], [1.0, 2.0]], object()], ids=lambda x: type(x).__name__)
+def test_x_that_is_no_array(f, x):
+    refused(TypeError, r"x is (None|'x'|a dict|a list|a object); expected an array", f, x)
+
+
+@measuring
+def test_weights_that_are_no_array(f):
+    refused(TypeError, r"weights is a dict; expected an array", f, X, weights={})
 
 
 @measuring
@@ -69,16 +91,63 @@ def test_wrong_feature_size(f):
 
 
 @normalizing
-@pytest.mark.parametrize("epsilon", [-1e-5, float("nan"), float("inf"), np.float32(-1), np.ones(2)])
+@pytest.mark.parametrize("epsilon", [-1e-5, float("nan"), float("inf"), np.float32(-1)])
 def test_epsilon(f, epsilon):
     refused(ValueError, "epsilon is .*not negative", f, X, epsilon=epsilon)
 
 
+NUMBERS = {
+    "decay": lambda value: jbn.batch_norm(X, PARAMS, STATE, train=True, decay=value),
+    "decay of update": lambda value: jbn.update(STATE, MOMENTS, decay=value),
+    "epsilon": lambda value: jbn.batch_norm(X, PARAMS, STATE, train=True, epsilon=value),
+    "epsilon of normalize_running": lambda value: jbn.normalize_running(X, PARAMS, STATE, epsilon=value),
+    "epsilon of drift": lambda value: jbn.drift(None, PARAMS, STATE, [X], epsilon=value),
+    "r_max": lambda value: jbn.batch_renorm(X, PARAMS, STATE, train=True, r_max=value),
+    "r_min": lambda value: jbn.batch_renorm(X, PARAMS, STATE, train=True, r_min=value),
+    "d_max": lambda value: jbn.batch_renorm(X, PARAMS, STATE, train=True, d_max=value),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_are_none(name):
+    f, name = NUMBERS[name], name.split()[0]
+    refused(ValueError, rf"{name} has shape \[2\]; expected a scalar, a number", f, np.ones(2))
+    for wrong in ("0.9", 1j, {}, object()):
+        refused(TypeError, rf"{name} is .*; expected a number", f, wrong)
+    if name != "r_min":
+        refused(TypeError, rf"{name} is None; expected a number", f, None)
+
+
+def test_limits_of_renorm_out_of_range():
+    for name, value, message in (
+        ("r_max", 0.5, "at least 1"),
+        ("d_max", -1, "at least 0"),
+        ("r_min", 1.5, r"\[0, 1\]"),
+    ):
+        refused(ValueError, rf"{name} is {value}; expected.*{message}", NUMBERS[name], value)
+
+
 def test_a_state_of_the_wrong_size():
-    _, state = jbn.init(4)
-    message = r"state.mean has shape \[4\]; expected \[3\].*jbn.init"
+    _, state = jbn.init(5)
+    message = r"state.mean has shape \[5\]; expected \[3\], the features of x \[4, 3\].*jbn.init"
     refused(ValueError, message, jbn.normalize_running, X, PARAMS, state)
+    _, state = jbn.init(4)
     refused(ValueError, r"moments.mean has shape \[3\]; expected \[4\]", jbn.update, state, MOMENTS)
+
+
+@normalizing
+def test_channels_first_without_feature_axis(f):
+    message = (
+        r"params.scale has shape \[3\]; expected \[5\], the features of x \[2, 3, 5, 5\]. Axis 1 .* feature_axis=1"
+    )
+    refused(ValueError, message, f, jnp.ones((2, 3, 5, 5)))
+
+
+def test_stacked_params_and_states():
+    params, state = jax.tree.map(lambda a: jnp.stack([a, a]), (PARAMS, STATE))
+    message = r"has shape \[2, 3\]; expected \[3\].*stacked.*one at a time"
+    refused(ValueError, f"params.scale {message}", jbn.normalize_running, X, params, STATE)
+    refused(ValueError, f"state.mean {message}", jbn.normalize_running, X, PARAMS, state)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -118,6 +187,75 @@ def test_params_and_state_swapped():
     refused(TypeError, r"moments is a State; expected a jbn.Moments.*order", jbn.update, MOMENTS, STATE)
     for train in (True, False):
         refused(TypeError, r"is a .*; expected a jbn.(Params|State)", jbn.batch_norm, X, STATE, PARAMS, train=train)
+
+
+def test_dicts_of_a_checkpoint_and_the_remedy():
+    params, state = PARAMS._asdict(), {"mean": np.zeros(3), "var": np.ones(3), "weight": np.ones(3)}
+    refused(TypeError, r"params is a dict .*jbn.Params\(\*\*params\)", jbn.normalize_batch, X, params)
+    message = r"state is a dict \('mean', 'var', 'weight'\); expected a jbn.State.*make it with jbn.State\(\*\*state\)"
+    for f in (
+        lambda: jbn.normalize_running(X, PARAMS, state),
+        lambda: jbn.batch_norm(X, PARAMS, state, train=True),
+        lambda: jbn.batch_norm(X, PARAMS, state, train=False),
+        lambda: jbn.batch_renorm(X, PARAMS, state, train=True),
+        lambda: jbn.update(state, MOMENTS),
+    ):
+        refused(TypeError, message, f)
+    refused(TypeError, r"moments is a dict .*jbn.Moments\(\*\*moments\)", jbn.update, STATE, MOMENTS._asdict())
+    jbn.batch_norm(X, jbn.Params(**params), jbn.State(**state), train=True)
+    refused(TypeError, "one for each normalization: pass that of this one", jbn.normalize_batch, X, {"norm1": PARAMS})
+
+
+def test_tuples_that_lost_their_type():
+    refused(TypeError, r"params is a tuple.*jbn.Params\(\*params\)", jbn.normalize_batch, X, tuple(PARAMS))
+    refused(TypeError, r"state is a list.*mean, var, weight.*jbn.State\(\*state\)", jbn.update, list(STATE), MOMENTS)
+
+
+def test_the_pair_of_init_not_taken_apart():
+    pair = jbn.init(3)
+    for f in (lambda: jbn.normalize_batch(X, pair), lambda: jbn.batch_norm(X, pair, STATE, train=True)):
+        refused(TypeError, r"params is a tuple.*jbn.init gives the pair \(params, state\): take it apart", f)
+    refused(TypeError, r"state is a tuple.*take it apart", jbn.normalize_running, X, PARAMS, pair)
+
+
+def test_a_list_of_moments_or_states():
+    refused(TypeError, r"moments\[0\] is a list.*one by one, as in merge\(\*moments\)", jbn.merge, [MOMENTS, MOMENTS])
+    refused(TypeError, r"shares is", jbn.merge_states, STATE, STATE, shares={})
+
+
+def test_moments_in_evaluation():
+    message = r"state is a Moments, which accumulates in training.*jbn.update\(state, moments, decay=0.0\)"
+    refused(TypeError, message, jbn.batch_norm, X, PARAMS, MOMENTS, train=False)
+    for train in (True, False):
+        refused(TypeError, r"state is a Moments", jbn.batch_renorm, X, PARAMS, MOMENTS, train=train)
+
+
+@pytest.mark.parametrize("count", [1_000, 1.5, -0.5, float("nan"), np.full(3, 1e6), jnp.full(3, 2.0), [0.5, 0.5, 7]])
+def test_a_weight_that_is_no_evidence(count):
+    """Someone passes PyTorch's num_batches_tracked."""
+    state = STATE._replace(weight=count)
+    message = r"states?.weight has values from .*\[0, 1\].*num_batches_tracked.*jbn.State\(running_mean, running_var\)"
+    for f in (
+        lambda: jbn.normalize_running(X, PARAMS, state),
+        lambda: jbn.batch_norm(X, PARAMS, state, train=True),
+        lambda: jbn.batch_norm(X, PARAMS, state, train=False),
+        lambda: jbn.batch_renorm(X, PARAMS, state, train=True),
+        lambda: jbn.update(state, MOMENTS),
+        lambda: jbn.recalibrate(None, PARAMS, state, [X]),
+        lambda: jbn.drift(None, PARAMS, state, [X]),
+    ):
+        refused(ValueError, message, f)
+    for layers in ({"norm": [state]}, {"norm": [STATE, state]}):
+        index = len(layers["norm"]) - 1
+        refused(ValueError, rf"states\['norm'\]\[{index}\].weight has", jbn.recalibrate, None, PARAMS, layers, [X])
+    refused(ValueError, message.replace("states?", r"states\[1\]", 1), jbn.merge_states, STATE, state)
+    refused(
+        TypeError,
+        "state.weight is int32.*num_batches_tracked",
+        jbn.update,
+        STATE._replace(weight=jnp.ones(3, int)),
+        MOMENTS,
+    )
 
 
 @pytest.mark.parametrize("wrong", [None, (), {}, 3.0, X])
@@ -160,6 +298,12 @@ def test_a_vector_of_decays_and_amounts_of_other_features():
     refused(ValueError, message, jbn.update, STATE, MOMENTS, amount=np.ones(2))
 
 
+@pytest.mark.parametrize("axis_name", [0, 1.5, object(), [["i"]]])
+def test_an_axis_name_that_is_no_name(axis_name):
+    for name in ("moments", "normalize_batch", "batch_norm"):
+        refused(TypeError, r"axis_name is .*; expected the name", MEASURING[name], X, axis_name=axis_name)
+
+
 @pytest.mark.parametrize("axis_name", ["i", ("i", "j")])
 def test_an_unbound_axis_name(axis_name):
     message = r"no axis 'i' is bound.*vmap.*shard_map.*jit"
@@ -181,6 +325,30 @@ def test_one_value_per_feature_in_training(shape, feature_axis):
     refused(ValueError, message, jbn.batch_norm, x, PARAMS, STATE, train=True, feature_axis=feature_axis)
     jbn.batch_norm(x, PARAMS, STATE, train=False, feature_axis=feature_axis)
     assert jbn.moments(x, feature_axis=feature_axis).count == 1
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, jax.pmap])
+def test_a_vmap_over_the_examples_without_a_name(transform):
+    f = lambda x: jbn.normalize_batch(x[None], PARAMS)[0]  # noqa: E731
+    refused(ValueError, r"\[1, 3\], which is one value per feature.*vmap or pmap.*axis_name", transform(f), X)
+    g = lambda x: jbn.normalize_batch(x, PARAMS)[0]  # noqa: E731
+    refused(ValueError, r"\[3\], which is one value per feature.*vmap or pmap.*axis_name", transform(g), X)
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 0)])
+def test_no_feature_at_all(shape):
+    params, state = jbn.Params(1.0, 0.0), jbn.State(0.0, 1.0)
+    message = (
+        rf"x has shape {re.escape(str(list(shape)))}, in which the feature axes have sizes \[0\]: no feature at all"
+    )
+    refused(ValueError, message, jbn.normalize_batch, jnp.ones(shape), params)
+    refused(ValueError, message, jbn.batch_norm, jnp.ones(shape), params, state, train=True)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 1.5, True, None, "2"])
+def test_groups_that_are_no_number(groups):
+    refused(ValueError, r"groups is .*; expected an int of at least 1", jbn.normalize_batch, X, PARAMS, groups=groups)
+    assert jbn.normalize_batch(X, PARAMS, groups=np.int64(2))[0].shape == X.shape
 
 
 def test_one_value_on_each_of_many_devices_is_not_one_value():
@@ -213,7 +381,7 @@ def test_init_with_sizes_that_are_none(features):
     refused(ValueError, "features is .*size of at least 1", jbn.init, features)
 
 
-@pytest.mark.parametrize("features", [3.0, "3", None, (3, 1.5), [3]])
+@pytest.mark.parametrize("features", [3.0, "3", None, (3, 1.5)])
 def test_init_with_features_that_are_no_size(features):
     refused(TypeError, "features is .*int, or a tuple of ints", jbn.init, features)
 

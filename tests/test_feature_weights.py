@@ -55,7 +55,9 @@ def test_training(weights):
     y, after, dx, dparams = jax.jit(partial(ways.step, jbn.batch_norm, ways.nothing))(x, weights, DY, PARAMS, STATE)
     measured = reference.moments(x, weights)
     close(y, np.where(weights > 0, reference.normalize(x, *measured[1:], *PARAMS), 0))
-    wanted = reference.update([np.float64(field) for field in STATE], measured)
+    wanted = reference.update(
+        [np.float64(field) for field in STATE], (reference.number(weights, X.shape), *measured[1:])
+    )
     jax.tree.map(close, tuple(after), tuple(np.broadcast_to(field, FEATURES) for field in wanted))
     for ours, exact in zip((dx, *dparams), reference.gradients(x, DY, PARAMS.scale, weights=weights), strict=True):
         close(ours, exact)
@@ -137,7 +139,8 @@ def test_merge_update_and_recalibrate(weights):
     total = jbn.empty_moments(STATE)
     for part in parts:
         total = jbn.update(total, part)
-    exact = reference.update((np.zeros(FEATURES), np.ones(FEATURES), np.zeros(FEATURES)), whole, decay=0.0)
+    nothing = np.zeros(FEATURES), np.ones(FEATURES), np.zeros(FEATURES)
+    exact = reference.update(nothing, (reference.number(weights, X.shape), *whole[1:]), decay=0.0)
     jax.tree.map(close, tuple(jbn.update(STATE, total, decay=0.0)), tuple(exact))
 
     def apply(params, state, batch):
@@ -163,13 +166,17 @@ def test_derivatives_in_real_weights():
 
     def ours(x, weights):
         y, measured = jbn.normalize_batch(x, jbn.Params(None, None), weights=weights)
-        return jnp.sum(probe * y) + jnp.sum(jnp.log(measured.var)) + jnp.sum(measured.count)
+        return jnp.sum(probe * y) + jnp.sum(jnp.log(measured.var)) + jnp.sum(measured.count * measured.squares)
 
     def plain(x, weights):
         count = jnp.sum(weights, 0, keepdims=True)
         mean = jnp.sum(weights * x, 0, keepdims=True) / count
         var = jnp.sum(weights * (x - mean) ** 2, 0, keepdims=True) / count
-        return jnp.sum(probe * (x - mean) / jnp.sqrt(var + 1e-5)) + jnp.sum(jnp.log(var)) + jnp.sum(count)
+        return (
+            jnp.sum(probe * (x - mean) / jnp.sqrt(var + 1e-5))
+            + jnp.sum(jnp.log(var))
+            + jnp.sum(count[0] * jnp.sum(weights**2, 0))
+        )
 
     for transform in (jax.grad, jax.hessian):
         got, wanted = (jax.jit(transform(f, (0, 1)))(x, weights) for f in (ours, plain))

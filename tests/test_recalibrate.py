@@ -1,5 +1,6 @@
 """Recalibrated states against float64 NumPy: one layer after the other, each over all the data."""
 
+import gc
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn._recalibrate import _measure
 
 WIDTHS = (3, 4, 4, 5)
 RANDOM = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_one_pass_is_the_algorithm_of_the_paper():
     assert_states(states, measured)
 
 
-def test_the_states_passed_in_do_not_matter_and_a_program_is_compiled_once():
+def test_the_states_passed_in_do_not_matter_and_a_program_is_compiled_once(compilations):
     batches, seen = cut(CUTS["equal"]), []
 
     def anew():
@@ -99,11 +99,11 @@ def test_the_states_passed_in_do_not_matter_and_a_program_is_compiled_once():
 
     bad = [jbn.State(state.mean + 30, state.var * 1e4, state.weight) for state in STATES]
     states = jbn.recalibrate(apply, PARAMS, bad, batches)
-    compiled = _measure._cache_size()
+    compilations.clear()
     again = jbn.recalibrate(apply, PARAMS, states, anew, passes=100)
     jax.tree.map(assert_array_equal, again, states)
     assert len(seen) == 4  # nothing changed in the fourth
-    assert _measure._cache_size() == compiled
+    assert not compilations
     stacked = jbn.recalibrate(apply, PARAMS, STATES, jnp.stack(batches))
     jax.tree.map(assert_array_equal, stacked, states)
 
@@ -195,12 +195,189 @@ def test_in_shard_map():
         partial(apply, axis_name="data"), mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=(P("data"), P())
     )
     everywhere, rows = jax.NamedSharding(mesh, P()), jax.NamedSharding(mesh, P("data"))
-    compiled = _measure._cache_size()
     states = jbn.recalibrate(
         split, *jax.device_put((PARAMS, STATES), everywhere), jax.device_put(cut(CUTS["equal"]), rows)
     )
     assert_states(states, expected())
-    assert _measure._cache_size() == compiled + 2  # the first pass and the others
+
+
+def logged(params, states, x):
+    """Reports what a training loop would."""
+    y, new = apply(params, states, x)
+    return {"y": y, "mean": [state.mean for state in new], "var": new[0].var.max(), "kind": type(new[0]).__name__}, new
+
+
+def clipped(params, states, x):
+    y, new = apply(params, states, x)
+    return y, [state._replace(var=jnp.maximum(state.var, 1e-3)) for state in new]
+
+
+def rebuilt(params, states, x):
+    """Taken apart and made anew, by hand and by `tree.map`, gated and cast."""
+    states = [jbn.State(mean=state.mean, var=state.var, weight=state.weight) for state in states]
+    y, new = apply(params, states, x)
+    new = [jbn.State(*map(jnp.asarray, state)) for state in new]
+    good = jnp.isfinite(y).all()
+    new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, states)
+    return y, jax.tree.map(lambda field: field.astype(jnp.float32), new)
+
+
+class Network:
+    """A network as an object, with methods to apply it."""
+
+    def __init__(self):
+        self.teacher = jnp.zeros(2_500_000)
+
+    def apply(self, params, states, x):
+        return apply(params, states, x + self.teacher[0])
+
+    __call__ = apply
+
+    @partial(jax.jit, static_argnums=0)
+    def compiled(self, params, states, x):
+        return apply(params, states, x)
+
+
+class Plain(tuple):
+    """What is called and cannot be referred to weakly."""
+
+    __slots__ = ()
+
+    def __call__(self, params, states, x):
+        return apply(params, states, x)
+
+
+def of_closure():
+    teacher = jnp.zeros(2_500_000)
+    return lambda params, states, x: apply(params, states, x + teacher[0])
+
+
+WRITTEN = {
+    "logged": lambda: logged,
+    "clipped": lambda: clipped,
+    "rebuilt": lambda: rebuilt,
+    "jit": lambda: jax.jit(apply),
+    "remat": lambda: jax.checkpoint(apply),
+    "closure": of_closure,
+    "partial": lambda: partial(apply, layer=partial(jbn.batch_norm, train=True, decay=0.99)),
+    "bound method": lambda: Network().apply,
+    "compiled method": lambda: Network().compiled,
+    "object": Network,
+    "object without weak references": Plain,
+}
+written = pytest.mark.parametrize("make", WRITTEN.values(), ids=WRITTEN)
+
+
+@written
+def test_a_network_as_it_is_written(make):
+    network = make()
+    owner = getattr(network, "__self__", None)  # noqa: F841  a method does not keep an object that has no other name
+    jax.jit(lambda *args: network(*args)[1])(PARAMS, STATES[:2], ROWS)  # it trains
+    assert_states(jbn.recalibrate(network, PARAMS, STATES[:2], cut([128, 128])), expected())
+
+
+def test_what_the_network_makes_of_its_states_is_kept():
+    def clipped(params, states, x):
+        y, new = apply(params, states, x)
+        return y, [state._replace(var=jnp.maximum(state.var, 15)) for state in new]
+
+    (state,) = jbn.recalibrate(clipped, PARAMS, STATES[:1], cut([128, 128]))
+    assert_allclose(state.var, np.maximum(expected()[0].var, 15), rtol=1e-5)
+    assert (state.var == 15).any() and (state.var > 15).any()
+
+
+def test_what_the_network_sees_of_its_states():
+    """Before each layer what normalizes, after it what was found so far: of all batches at the end."""
+    seen = []
+
+    def watched(params, states, x):
+        y, new = apply(params, states, x)
+        jax.debug.callback(lambda *args: seen.append(args), states[0].mean, new[0].mean, new[0].var)
+        return y, new
+
+    rows = np.float64(ROWS @ KERNELS[0])
+    (state,) = jbn.recalibrate(watched, PARAMS, STATES[:1], cut([128, 128]))
+    jax.effects_barrier()
+    assert len(seen) == 2
+    for (before, mean, var), until in zip(seen, (128, 256), strict=True):
+        assert_array_equal(before, STATES[0].mean)
+        assert_allclose(mean, rows[:until].mean(0), rtol=1e-5)
+        assert_allclose(var, rows[:until].var(0, ddof=1), rtol=1e-5)
+    assert_array_equal(state.mean, seen[-1][1])
+
+
+@pytest.mark.parametrize("in_axes", [0, jbn.State(0, 0, 0)], ids=["0", "State(0, 0, 0)"])
+def test_an_ensemble_whose_axes_are_named_by_a_state(in_axes):
+    three = [jax.tree.map(lambda a: jnp.stack([a, a, a]), tree) for tree in (NORMS[0], STATES[0])]
+    x = np.stack([ROWS @ KERNELS[0]] * 3) + np.arange(3, dtype=np.float32)[:, None, None]
+    member = lambda params, state, x: jbn.batch_norm(x, params, state, train=True)  # noqa: E731
+    ensemble = jax.vmap(member, in_axes=(0, in_axes, 0), out_axes=(0, in_axes))
+    state = jbn.recalibrate(ensemble, *three, [x[:, :100], x[:, 100:]])
+    assert_allclose(state.mean, np.float64(x).mean(1), rtol=1e-5)
+    assert_allclose(state.var, np.float64(x).var(1, ddof=1), rtol=1e-5)
+    assert_array_equal(state.weight, np.ones((3, WIDTHS[1])))
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_features_sharded_by_specs_of_a_state(axis_type, by_hand):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = P("data", "model"), jbn.Params(P("model"), P("model")), jbn.State(P("model"), P("model"), P("model"))
+    x = (ROWS @ KERNELS[0]).astype(np.float32)
+
+    def network(params, state, x):
+        return jbn.batch_norm(x, params, state, train=True, axis_name="data" if by_hand else None)
+
+    put = lambda tree, spec: jax.tree.map(lambda a, s: jax.device_put(a, jax.NamedSharding(mesh, s)), tree, spec)  # noqa: E731
+    split = jax.shard_map(network, mesh=mesh, in_specs=(specs[1], specs[2], specs[0]), out_specs=(specs[0], specs[2]))
+    operands = put(NORMS[0], specs[1]), put(STATES[0], specs[2]), [put(part, specs[0]) for part in np.split(x, 2)]
+    state = jbn.recalibrate(split if by_hand else network, *operands)
+    assert_allclose(state.mean, np.float64(x).mean(0), rtol=1e-5)
+    assert_allclose(state.var, np.float64(x).var(0, ddof=1), rtol=1e-5)
+
+
+def live():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("make", [of_closure, lambda: Network().apply, Network], ids=["closure", "method", "object"])
+def test_functions_and_what_they_hold_are_freed(make):
+    def once():
+        network = make()
+        owner = getattr(network, "__self__", None)  # noqa: F841
+        jbn.recalibrate(network, PARAMS, STATES[:1], cut([256]))
+
+    once()
+    before = live()
+    once()
+    assert live() - before < 1e6  # each holds 10 MB
+
+
+@pytest.mark.parametrize("make", [WRITTEN[name] for name in WRITTEN if "without" not in name])
+def test_called_again_nothing_is_compiled(make, compilations):
+    network = make()
+    owner = getattr(network, "__self__", None)
+    jbn.recalibrate(network, PARAMS, STATES[:1], cut([256]))
+    assert compilations
+    compilations.clear()
+    again = getattr(owner, network.__name__) if owner is not None else network  # a method is made anew
+    jbn.recalibrate(again, PARAMS, STATES[:1], cut([256]))
+    assert not compilations
+
+
+def test_methods_of_one_object_are_not_taken_for_each_other():
+    class Two:
+        def half(self, params, states, x):
+            return apply(params, states, x / 2)
+
+        def whole(self, params, states, x):
+            return apply(params, states, x)
+
+    two = Two()
+    first, second = (jbn.recalibrate(f, PARAMS, STATES[:1], cut([256]))[0] for f in (two.half, two.whole))
+    assert_allclose(2 * first.mean, second.mean, rtol=1e-5)
+    assert_states([second], expected())
 
 
 def test_states_keep_their_dtypes():
@@ -229,3 +406,46 @@ def test_refusals():
         jbn.recalibrate(apply, STATES, PARAMS, batches)
     with pytest.raises(ValueError, match=r"passes is 0; expected an int of at least 1"):
         jbn.recalibrate(apply, PARAMS, STATES, batches, passes=0)
+
+
+def test_refusals_of_states_that_lose_what_was_measured():
+    def without(params, states, x):
+        y, new = apply(params, states, x)
+        return y, [jbn.State(state.mean, state.var) for state in new]
+
+    def by_weight(params, states, x):
+        states = [state._replace(mean=jnp.where(state.weight > 0, state.mean, 0.0)) for state in states]
+        return apply(params, states, x)
+
+    batches = cut([256])
+    with pytest.raises(TypeError, match=r"a State with a weight of shape \[\] .* hand weight on"):
+        jbn.recalibrate(without, PARAMS, STATES, batches)
+    with pytest.raises(Exception) as caught:
+        jbn.recalibrate(by_weight, PARAMS, STATES, batches)
+    assert any("`weight` is [*features, 1, 5 or 7]" in note for note in caught.value.__notes__)
+    last = jax.vmap(lambda n, s, x: jbn.batch_norm(x, n, s, train=True), in_axes=(None, -1, None), out_axes=(0, -1))
+    stacked = jax.tree.map(lambda a: jnp.stack([a] * 3, -1), STATES[0])
+    with pytest.raises(Exception) as caught:
+        jbn.recalibrate(last, NORMS[0], stacked, [ROWS @ KERNELS[0]])
+    assert any("stack states along their first" in note for note in caught.value.__notes__)
+    for error in (caught.value, *caught.value.__notes__):
+        assert not {"Measuring", "Held", "_survey"} & set(str(error).replace("`", " ").split())
+
+
+def test_one_array_of_rows_is_named():
+    with pytest.raises(ValueError, match=r"one value per feature") as caught:
+        jbn.recalibrate(apply, PARAMS, STATES, ROWS)
+    assert any("batches is an array [256, 3]" in note and "[batches]" in note for note in caught.value.__notes__)
+
+
+def test_a_variance_as_the_network_or_the_caller_says():
+    biased = partial(apply, layer=partial(jbn.batch_norm, train=True, unbiased=False))
+    var = expected()[0].var
+    for network, options, wanted in (
+        (apply, {}, var),
+        (biased, {}, var * 255 / 256),
+        (apply, {"unbiased": False}, var * 255 / 256),
+        (biased, {"unbiased": True}, var),
+    ):
+        (state,) = jbn.recalibrate(network, PARAMS, STATES[:1], cut([128, 128]), **options)
+        assert_allclose(state.var, wanted, rtol=1e-5)

@@ -73,6 +73,28 @@ def test_moments(dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_the_derivative_of_moments_that_nothing_uses_costs_nothing(weights, dtype):
+    """Neither in what is kept nor in what the compiler makes of it: as if the moments were constants."""
+    x, params, _ = inputs(dtype)
+    weights = None if weights is None else weights[:, None]
+
+    def loss(x, params, constant):
+        y, measured = jbn.normalize_batch(x, params, weights=weights)
+        measured = jax.lax.stop_gradient(measured) if constant else measured
+        return jnp.sum(y.astype(jnp.float32) ** 3), measured
+
+    kept_by, compiled = [], []
+    for constant in (False, True):
+        f = partial(loss, constant=constant)
+        kept_by.append(sorted(map(str, kept(lambda *args, f=f: f(*args)[0], x, params))))
+        program = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(x, params).compile()
+        compiled.append((program.cost_analysis()["bytes accessed"], program.memory_analysis().temp_size_in_bytes))
+    assert kept_by[0] == kept_by[1]
+    assert compiled[0] == compiled[1]
+
+
+@dtypes
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("weights", [None, WEIGHTS["mask"]], ids=["plain", "mask"])
 def test_synchronized(check_vma, weights, dtype):

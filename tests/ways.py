@@ -281,7 +281,7 @@ def expected(batches, params, state):
         measured = reference.moments(x, weights)
         y = reference.normalize(x, *measured[1:], *params)
         dx, dscale, dbias = reference.gradients(x, dy, params.scale, weights=weights)
-        fields = reference.update(fields, measured)
+        fields = reference.update(fields, (reference.number(weights, np.shape(x)), *measured[1:]))
         y = y if weights is None else np.where(weights > 0, y, 0)
         results.append((y, jbn.State(*fields), dx, jbn.Params(dscale, dbias)))
     return results

@@ -1,0 +1,106 @@
+"""Measure every normalization of a network over given batches, the network as it is written for training."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn._measuring import Held, held_by, holding
+from jbn._start import empty_moments
+from jbn._types import State, is_state
+
+NOTE = (
+    "This was raised inside of `apply` while jbn measures what its states are given. There `mean` and `var` of a State "
+    "are as in training, and `weight` is [*features, 1, 5 or 7] and has to be handed on as it comes. A `vmap` over the "
+    "last axis of a State, as in in_axes=-1, is not possible there: stack states along their first."
+)
+
+
+def survey(apply, params, states, batches: Iterable[Any], *, by_batch: bool) -> tuple[Any, Any] | None:
+    """Moments and states in the places of `states`: what was measured, and what `apply` made of it.
+
+    Layers are normalized by each batch's own statistics, or else by `states`. `None` where there are no batches.
+    """
+    run, totals, found = _program(apply), empty_moments(states), None
+    for batch in batches:
+        previous = totals
+        try:
+            totals, found = run(by_batch, params, states, totals, batch)
+        except Exception as error:
+            if isinstance(batches, jax.Array | np.ndarray):
+                error.add_note(
+                    f"batches is an array {list(batches.shape)}, of which each row was taken for a batch of shape "
+                    f"{list(batches.shape[1:])}. If it is one batch, pass [batches]."
+                )
+            raise
+        jax.block_until_ready(previous)  # or batches would pile up before the device
+    return None if found is None else (totals, found)
+
+
+_programs: dict[tuple[int, int], tuple[weakref.ref, Callable]] = {}
+
+
+def _program(apply) -> Callable:
+    """The compiled measurement of one batch by `apply`, kept for as long as that lives.
+
+    As an argument of a `jit` of this module, it would live for ever and all that it holds. A bound method is made anew
+    whenever it is named: its object and its function count.
+    """
+    owner, function = getattr(apply, "__self__", apply), getattr(apply, "__func__", None)
+    key = id(owner), id(function)
+    if key not in _programs:
+        try:
+            alive = weakref.ref(owner, lambda _: _programs.pop(key, None))
+        except TypeError:  # nothing tells when such an object is gone
+            return jax.jit(partial(_measure, lambda: apply), static_argnums=0)
+
+        def living():
+            return alive() if function is None else MethodType(function, alive())
+
+        _programs[key] = alive, jax.jit(partial(_measure, living), static_argnums=0)
+    return _programs[key][1]
+
+
+def _measure(living, by_batch, params, states, totals, batch):
+    """`totals` and what `batch` adds to them, and the states that `apply` gave back."""
+
+    def hold(state, total):
+        return holding(state, total, None if by_batch else state) if is_state(state) else state
+
+    given = jax.tree.map(hold, states, totals, is_leaf=is_state)
+    try:
+        result = living()(params, given, batch)
+    except Exception as error:
+        error.add_note(NOTE)
+        raise
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(f"apply gave back a {type(result).__name__}; expected the pair (anything, new states).")
+    if jax.tree.structure(result[1]) != jax.tree.structure(given):
+        raise TypeError(
+            f"apply gave back new states ({type(result[1]).__name__}) in another structure than that of the states it "
+            f"was given ({type(states).__name__}); expected each new state in the place of the old one."
+        )
+    before, after = (filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)) for tree in (given, result[1]))
+    weights = [(old.weight, new.weight) for old, new in zip(before, after, strict=True)]
+    for old, new in weights:
+        if jnp.shape(new)[-2:] != jnp.shape(old)[-2:]:
+            raise TypeError(
+                f"apply gave back a State with a weight of shape {list(jnp.shape(new))} where it was given one of "
+                f"{list(jnp.shape(old))}, which holds what was measured: hand weight on as jbn gives it, as in "
+                f"new._replace(var=...)."
+            )
+    if all(new is old for old, new in weights):
+        raise ValueError("apply measured nothing: apply the network with train=True, and give back its new states.")
+
+    def taken(state, new):
+        return cast(Held, held_by(new)).moments if is_state(state) else state
+
+    def found(state, new):
+        return State(new.mean, new.var, state.weight) if is_state(state) else state
+
+    return tuple(jax.tree.map(of, states, result[1], is_leaf=is_state) for of in (taken, found))

@@ -1,0 +1,220 @@
+"""Real-valued weights have no unit: multiplied by a constant, they change nothing. Whole numbers are repeats."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose
+
+import jbn
+
+FEATURES = 3
+PARAMS = jbn.Params(jnp.asarray([0.5, -1.0, 2.0]), jnp.asarray([0.0, 1.0, -3.0]))
+STATE = jbn.State(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([4.0, 1.0, 9.0]), jnp.full(FEATURES, 0.5))
+UNITS = [1e-6, 0.37, 2.0, 1e6]
+# Rounding of the weights in another unit, and of sums of 24 values.
+TOLERANCE = 32 * 2**-24
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2, 3, (24, FEATURES)).astype(np.float32)
+    weights = rng.exponential(size=24).astype(np.float32)
+    weights[3::5] = 0
+    x[3::5] = np.nan
+    return jnp.asarray(x), weights
+
+
+def number(weights):
+    """The effective number of values, in float64."""
+    weights = np.float64(weights)
+    return weights.sum(0) ** 2 / (weights**2).sum(0)
+
+
+def in_all_units(f, weights, **tolerance):
+    """`f(weights)` is the same in every unit, and is given back."""
+    plain, compiled = jax.jit(f)(weights), jax.jit(f)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain))
+    for unit in UNITS:
+        other = compiled(np.float32(unit) * weights)
+        jax.tree.map(partial(assert_allclose, **{"rtol": TOLERANCE, "atol": TOLERANCE, **tolerance}), other, plain)
+    return plain
+
+
+def without_unit(measured):
+    """Mean, variance and effective number of `Moments`."""
+    return measured.mean + measured.mean_low, measured.var, measured.count**2 / measured.squares
+
+
+def accumulated(x, weights):
+    """The state of two batches, by way of moments."""
+    total = jbn.empty_moments(STATE)
+    for part, its in zip(jnp.split(x, 2), jnp.split(weights, 2), strict=True):
+        total = jbn.update(total, jbn.moments(part, weights=its), amount=0.5)
+    return jbn.update(STATE, total)
+
+
+def recalibrated(x, weights):
+    apply = lambda params, state, batch: jbn.batch_norm(batch[0], params, state, train=True, weights=batch[1])  # noqa: E731
+    return jbn.recalibrate(apply, PARAMS, STATE, list(zip(jnp.split(x, 2), jnp.split(weights, 2), strict=True)))
+
+
+EVERY = {
+    "batch_norm": lambda x, w: jbn.batch_norm(x, PARAMS, STATE, train=True, weights=w),
+    "batch_norm, without evidence": lambda x, w: jbn.batch_norm(x, PARAMS, jbn.init(3)[1], train=True, weights=w),
+    "batch_norm in groups": lambda x, w: jbn.batch_norm(x, PARAMS, STATE, train=True, weights=w, groups=2),
+    "batch_norm in evaluation": lambda x, w: jbn.batch_norm(x, PARAMS, STATE, train=False, weights=w),
+    "batch_renorm": lambda x, w: jbn.batch_renorm(x, PARAMS, STATE, train=True, weights=w),
+    "normalize_batch": lambda x, w: jbn.normalize_batch(x, PARAMS, weights=w)[0],
+    "normalize_running": lambda x, w: jbn.normalize_running(x, PARAMS, STATE, weights=w),
+    "normalize_running by moments": lambda x, w: jbn.normalize_running(x, PARAMS, jbn.moments(x, weights=w), weights=w),
+    "moments": lambda x, w: without_unit(jbn.moments(x, weights=w)),
+    "moments about a center": lambda x, w: without_unit(jbn.moments(x, weights=w, center=STATE.mean)),
+    "merge": lambda x, w: without_unit(jbn.merge(jbn.moments(x[:9], weights=w[:9]), jbn.moments(x[9:], weights=w[9:]))),
+    "update": lambda x, w: jbn.update(STATE, jbn.moments(x, weights=w)),
+    "update of moments": accumulated,
+}
+
+
+@pytest.mark.parametrize("f", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("seed", range(2))
+def test_every_function(f, seed):
+    x, weights = batch(seed)
+    in_all_units(partial(f, x), weights)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_each_feature_in_a_unit_of_its_own(seed):
+    x, weights = batch(seed)
+    weights = np.stack([weights, weights[::-1], np.ones_like(weights)], 1)
+    x = jnp.where(weights > 0, jnp.nan_to_num(x), jnp.nan)
+    f = lambda w: jbn.batch_norm(x, PARAMS, STATE, train=True, weights=w)  # noqa: E731
+    plain, other = (jax.jit(f)(w) for w in (weights, weights * np.float32([1e-6, 1, 1e6])))
+    jax.tree.map(partial(assert_allclose, rtol=TOLERANCE, atol=TOLERANCE), other, plain)
+
+
+def test_gradients():
+    x, weights = batch()
+
+    def loss(x, params, w):
+        return jnp.sum(jnp.sin(jbn.batch_norm(x, params, STATE, train=True, weights=w)[0]))
+
+    in_all_units(lambda w: jax.grad(loss, (0, 1))(x, PARAMS, w), weights)
+    in_all_units(lambda w: w * jax.grad(loss, 2)(x, PARAMS, w), weights)
+
+
+def test_recalibrate_and_drift():
+    x, weights = batch()
+    wanted = reference.moments(x, weights)
+    for unit in UNITS:
+        got = recalibrated(x, np.float32(unit) * weights)
+        assert_allclose(got.mean, wanted[1], rtol=1e-6)
+        assert_allclose(got.var, wanted[2] / (1 - 1 / number(weights)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1.0, *UNITS])
+def test_the_effective_number_makes_the_variance_unbiased(unit):
+    x, weights = batch()
+    measured = jbn.moments(x, weights=np.float32(unit) * weights)
+    _, mean, var = reference.moments(x, weights)
+    assert_allclose(measured.count**2 / measured.squares, number(weights), rtol=1e-6)
+    state = jbn.update(jbn.init(FEATURES)[1], measured)
+    assert_allclose(state.mean, mean, rtol=1e-6)
+    assert_allclose(state.var, var / (1 - 1 / number(weights)), rtol=1e-6)
+
+
+def test_it_is_unbiased():
+    """The mean over many draws of values of variance 4, of which some weigh more than others."""
+    x, weights = (
+        np.random.default_rng(0).normal(100, 2, (8, 20_000)).astype(np.float32),
+        np.float32([5, 1, 1, 1, 2, 9, 1, 3]),
+    )
+    state = jbn.update(jbn.init(20_000)[1], jbn.moments(x, weights=weights))
+    assert abs(np.float64(state.var).mean() - 4) < 5 * np.std(state.var) / np.sqrt(20_000)
+    assert abs(np.float64(jbn.moments(x, weights=weights).var).mean() - 4) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_whole_numbers_are_repeats(dtype, as_list):
+    x, _ = batch()
+    x = jnp.nan_to_num(x)
+    repeats = np.arange(24).astype(dtype) % 4
+    given = [int(r) for r in repeats] if as_list else repeats
+    got = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=given)[1]
+    wanted = jbn.batch_norm(np.repeat(x, repeats, 0), PARAMS, STATE, train=True)[1]
+    jax.tree.map(partial(assert_allclose, rtol=1e-6), got, wanted)
+    measured = jbn.moments(x, weights=given)
+    assert measured.count == measured.squares == float(repeats.sum())
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float32, np.int32])
+def test_a_mask_in_any_dtype(dtype):
+    x, weights = batch()
+    rows = weights > 0
+    got = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=rows.astype(dtype))[1]
+    wanted = jbn.batch_norm(x[rows], PARAMS, STATE, train=True)[1]
+    jax.tree.map(partial(assert_allclose, rtol=1e-6), got, wanted)
+
+
+def test_over_devices():
+    """Each with weights of its own, some with none."""
+    x, weights = batch()
+    weights[:3] = 0
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    local = lambda x, w: jbn.batch_norm(x, PARAMS, STATE, train=True, weights=w, axis_name="i")  # noqa: E731
+    pooled = jax.shard_map(local, mesh=mesh, in_specs=P("i"), out_specs=(P("i"), P()))
+    got = in_all_units(lambda w: pooled(x, w), weights)
+    wanted = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=weights)
+    jax.tree.map(partial(assert_allclose, rtol=TOLERANCE, atol=TOLERANCE), got, wanted)
+
+
+def test_squares_are_differentiable():
+    x, weights = jnp.nan_to_num(batch()[0]), batch()[1] + 0.5
+    effective = lambda w: jnp.sum(jbn.moments(x, weights=w).squares * 3) + jbn.moments(x, weights=w).count  # noqa: E731
+    assert_allclose(jax.grad(effective)(weights), 6 * weights + 1, rtol=1e-6)
+    assert_allclose(jax.jvp(effective, (weights,), (weights,))[1], np.sum((6 * weights + 1) * weights), rtol=1e-5)
+
+
+ONE = {
+    "mask": np.arange(24) == 7,
+    "weights": np.where(np.arange(24) == 7, np.float32(0.3), 0),
+    "tiny weights": np.where(np.arange(24) == 7, np.float32(1e-6), 0),
+    "beside next to nothing": np.where(np.arange(24) == 7, np.float32(0.3), 1e-7),
+}
+
+
+@pytest.mark.parametrize("weights", ONE.values(), ids=ONE)
+@pytest.mark.parametrize("state", [STATE, jbn.init(FEATURES)[1]], ids=["evidence", "fresh"])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_a_single_value_leaves_the_state_as_it_was(weights, state, unbiased):
+    x = jnp.nan_to_num(batch()[0])
+    for layer in (jbn.batch_norm, jbn.batch_renorm):
+        y, after = layer(x, PARAMS, state, train=True, weights=weights, unbiased=unbiased)
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        if layer is jbn.batch_norm:  # a share of 8e-6 is 3e-3 standard deviations
+            assert_allclose(y[7], PARAMS.bias, atol=5e-3)
+    after = jbn.update(state, jbn.moments(x, weights=weights), unbiased=unbiased)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_a_single_value_counts_among_others():
+    """A state of moments that were each of one value."""
+    x, total = jnp.nan_to_num(batch()[0]), jbn.empty_moments(STATE)
+    for row in x:
+        total = jbn.update(total, jbn.moments(row[None]))
+    state = jbn.update(STATE, total, decay=0.0)
+    assert_allclose(state.var, np.float64(x).var(0, ddof=1), rtol=1e-5)
+
+
+def test_one_feature_of_a_single_value_leaves_only_itself():
+    x, weights = jnp.nan_to_num(batch()[0]), np.ones((24, FEATURES), bool)
+    weights[1:, 1] = False
+    _, after = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=weights)
+    _, every = jbn.batch_norm(x, PARAMS, STATE, train=True)
+    for got, old, new in zip(after, STATE, every, strict=True):
+        assert_allclose(got, [new[0], old[1], new[2]], rtol=1e-6)
