@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 
+import jbn
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
@@ -94,6 +96,25 @@ def print_table(history: list[dict], title: str) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for row in history:
         table.add_row(*row_text(row).values())
+    console.print(table)
+
+
+def print_drift(drifts: dict[str, dict[str, jbn.Drift]], title: str) -> None:
+    """A line for each layer, of its worst feature on each part of the data; the layer worst on the first part first."""
+    table = Table(title=title, caption="error: of the output in evaluation, in its standard deviations in training")
+    table.add_column("layer", no_wrap=True)
+    for part in drifts:
+        for name in ("error", "shift", "ratio"):
+            table.add_column(f"{part}\n{name}", justify="right")
+
+    def worst(drift: jbn.Drift) -> tuple[float, float, float]:
+        feature = int(np.argmax(drift.error))
+        return float(drift.error[feature]), float(drift.shift[feature]), float(drift.ratio[feature])
+
+    rows = {layer: [worst(drift[layer]) for drift in drifts.values()] for layer in next(iter(drifts.values()))}
+    for layer, cells in sorted(rows.items(), key=lambda row: row[1][0], reverse=True):
+        texts = [(f"{error:.2f}", f"{shift:+.2f}", f"{ratio:.2f}") for error, shift, ratio in cells]
+        table.add_row(layer, *(text for cell in texts for text in cell))
     console.print(table)
 
 

@@ -162,7 +162,7 @@ def make_steps(
 
 
 def make_measure(apply: Callable, mesh: jax.sharding.Mesh, *, mean: np.ndarray, std: np.ndarray, dtype: jnp.dtype):
-    """What `jbn.recalibrate` applies: `measure(params, states, batch)`, images as they are in evaluation."""
+    """What `jbn.recalibrate` and `jbn.drift` apply, `measure(params, states, batch)`: images as in evaluation."""
 
     def measure(params, states, images):
         inputs = ((images.pixels - mean) / std).astype(dtype)

@@ -73,6 +73,8 @@ class Config:
     """Average the params with this decay, in [0, 1), and evaluate the average too, at the end. 0: do not."""
     recalibrate: bool = False
     """At the end, evaluate with the exact statistics of the training images in the place of the running ones, too."""
+    drift: bool = False
+    """At the end, show how far each layer's running statistics are from those of the images; also of a --resume."""
     require_accuracy: float = 0.0
     """End with an error if the last test accuracy is below this, in [0, 1]."""
     launch: tyro.conf.OmitArgPrefixes[cluster.Cluster] = dataclasses.field(default_factory=cluster.Cluster)
@@ -91,7 +93,8 @@ def resolve(cli: Callable[..., Config], started_at: str) -> tuple[Config, Path]:
         raise FileNotFoundError(f"{path} is missing: {config.resume} is not the folder of a run.")
     saved = json.loads(path.read_text())["config"] | {"run": config.resume, "resume": config.resume}
     paths = {name: Path(saved[name]) for name in ("data", "cache") if saved[name] is not None}
-    started = Config(**{**saved, **paths}, launch=config.launch)
+    looking = {"drift": config.drift, "launch": config.launch}  # what changes nothing in the run
+    started = Config(**{**saved, **paths, **looking})
     given = cli(default=started)
     for name in saved:
         value, was = getattr(given, name), getattr(started, name)
@@ -244,19 +247,33 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     params = f"averaged params ({config.ema})" if config.ema else "params of the last step"
     if config.ema or config.recalibrate:
         report.console.print(f"{params}, running statistics: test accuracy {accuracy:.2%}")
+    measure = steps.make_measure(apply, mesh, **inputs)
+    parts = {
+        "train": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }
+
+    def batches(part, text):
+        images, labels = parts[part]
+        for first in report.bar(range(0, max(1, len(labels) - config.batch + 1), config.batch), text):
+            if stop.is_set():
+                raise KeyboardInterrupt
+            rows = (first + np.arange(config.batch)) % len(labels)
+            yield steps.place(images, labels, rows, mesh)
+
+    if config.drift:
+        found = {
+            part: jbn.drift(measure, carry.params, carry.state, batches(part, f"drift on {part} images"))
+            for part in parts
+        }
+        report.print_drift(found, f"running statistics, {params}: how far they are from the images, worst layer first")
     if config.recalibrate:
         passes = itertools.count(1)
 
-        def batches():
-            firsts = range(0, per_epoch * config.batch, config.batch)
-            for first in report.bar(firsts, f"recalibrating, pass {next(passes)} of up to {PASSES}"):
-                if stop.is_set():
-                    raise KeyboardInterrupt
-                rows = first + np.arange(config.batch)
-                yield steps.place(dataset.train_images, dataset.train_labels, rows, mesh)
+        def again():
+            return batches("train", f"recalibrating, pass {next(passes)} of up to {PASSES}")
 
-        measure = steps.make_measure(apply, mesh, **inputs)
-        state = jbn.recalibrate(measure, carry.params, carry.state, batches, passes=PASSES)
+        state = jbn.recalibrate(measure, carry.params, carry.state, again, passes=PASSES)
         accuracy = test(carry._replace(state=state)).means("test")["test_accuracy"]
         report.console.print(f"{params}, recalibrated statistics: test accuracy {accuracy:.2%}")
     return accuracy

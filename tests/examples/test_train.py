@@ -46,6 +46,19 @@ def test_killed_while_writing_and_interrupted_it_ends_as_if_nothing_had_been(lau
     assert metrics(run) == metrics(undisturbed[0])
 
 
+def test_drift_of_a_run_that_has_ended(launcher, undisturbed):
+    """A table with all layers, the one that is worst on the training images first; nothing else of the run changes."""
+    run, _ = undisturbed
+    before = last_checkpoint(run)
+    (output,) = finish(launcher.start("--resume", run, "--drift"))
+    number = r"[+-]?\d+\.\d\d"
+    rows = re.findall(rf"│ (\S+) +│ +({number}) +│ +{number} │ +{number} │ +({number}) ", output)
+    assert len(rows) == 9 and {"stem", "stage2/block0/shortcut"} < {layer for layer, *_ in rows}, output
+    errors = [float(error) for _, error, _ in rows]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.05  # few steps, and averaged params
+    jax.tree.map(np.testing.assert_array_equal, last_checkpoint(run), before)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
