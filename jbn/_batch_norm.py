@@ -55,11 +55,14 @@ def batch_norm(
       decay: weight of the old running value, in [0, 1]; may be traced. One minus PyTorch's momentum.
       epsilon: added to the variance; may be traced.
       feature_axis: the axis or axes that keep their own statistics; all others are reduced.
-      weights: sample weights or a boolean mask, of the shape of `x` or without the feature axes; see `moments`. Where
-        the weight is 0, `x` is never computed with, and the output and its gradient are 0.
+      weights: a boolean mask, numbers of repeats (an integer dtype) or real-valued weights in any unit, of the shape of
+        `x` or without the feature axes; see `moments`. Where the weight is 0, `x` is never computed with, and the
+        output and its gradient are 0. A feature of which they leave a single value gives the bias, and its state stays
+        as it was.
       axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool statistics over. `None` under plain `jit`.
       axis_index_groups: pool only within these subgroups of `axis_name`; see `moments`.
-      unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Flax.
+      unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Flax; with real-valued
+        weights by what makes it unbiased, see `update`.
       groups: in training, cut axis 0 into so many virtual batches with statistics of their own; see `normalize_batch`.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
 

@@ -29,7 +29,7 @@ def moments(
 
     With w the weights (1 where none are given) and sums over every axis but the feature axes:
 
-        count = sum(w),  mean = sum(w x) / count,  var = sum(w (x - mean)^2) / count
+        count = sum(w),  mean = sum(w x) / count,  var = sum(w (x - mean)^2) / count,  squares = sum(w^2)
 
     With a center c near the mean this is one pass over `x` and, where it is pooled, one message:
 
@@ -46,9 +46,11 @@ def moments(
         (`shard_map` with `check_vma`), its mean over the devices is taken, in one message more.
       feature_axis: the axis or axes that keep their own statistics; all others are reduced. Peers' `axis` is sometimes
         this and sometimes the reduced ones.
-      weights: non-negative sample weights or a boolean mask. Of the shape of `x`, where each feature has missing values
-        of its own, or with the feature axes left out or of size 1; any other axis may be 1 too, and the last of them
-        left out. What has weight 0 is never computed with: it may be NaN. A negative or NaN weight counts as 0.
+      weights: a boolean mask; or numbers of repeats, in an integer dtype; or real numbers that are not negative, in any
+        unit, of which count**2 / squares is the effective number of values. Of the shape of `x`, where each feature has
+        missing values of its own, or with the feature axes left out or of size 1; any other axis may be 1 too, and the
+        last of them left out. What has weight 0 is never computed with: it may be NaN. A negative or NaN weight counts
+        as 0.
       axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool over. Under plain `jit` on sharded arrays
         leave it out: statistics are global there.
       axis_index_groups: lists of indices along `axis_name`, such as `[[0, 1], [2, 3]]`: each is pooled apart from the
@@ -56,8 +58,9 @@ def moments(
 
     Returns:
       `Moments` in float32 (float64 for float64 `x`), fields of shape `[*features]` in the order of the axes of `x`,
-      `count` of shape `[]`, or `[*features]` where weights differ between features. Where `count` is 0, mean and
-      variance are 0 (about a center, the mean is the center). Differentiable in `x` and real-valued `weights`.
+      `count` and `squares` of shape `[]`, or `[*features]` where weights differ between features; `squares` is `count`
+      for a mask or repeats. Where `count` is 0, mean and variance are 0 (about a center, the mean is the center).
+      Differentiable in `x` and real-valued `weights`.
 
     Raises:
       TypeError: `x` or `center` is not floating-point.

@@ -22,6 +22,7 @@ def merge(*moments: Moments) -> Moments:
 
         count = sum(count_i),  mean = sum(count_i mean_i) / count
         var = sum(count_i (var_i + (mean_i - mean)^2)) / count          within plus between
+        squares = sum(squares_i)
 
     Associative and commutative up to rounding. A part with count 0 contributes nothing, whatever its other fields hold.
     Exact in the sense of `moments`: `mean_low` carries what rounding took from the means.
