@@ -158,6 +158,7 @@ def test_a_part_of_count_0_may_hold_anything():
     nothing = jbn.Moments(jnp.zeros(()), jnp.full(3, jnp.nan), jnp.full(3, jnp.inf), jnp.full(3, jnp.nan))
     assert_moments(jbn.merge(nothing, whole, nothing), whole[:3], rtol=1e-7)
     assert_array_equal(np.stack(jbn.merge(nothing, nothing)[1:4]), np.zeros((3, 3)))
+    assert jbn.merge(nothing._replace(squares=jnp.nan), whole).squares == 8
 
 
 def test_merge_of_one_is_itself():
