@@ -57,8 +57,8 @@ def batch_norm(
       feature_axis: the axis or axes that keep their own statistics; all others are reduced.
       weights: a boolean mask, numbers of repeats (an integer dtype) or real-valued weights in any unit, of the shape of
         `x` or without the feature axes; see `moments`. Where the weight is 0, `x` is never computed with, and the
-        output and its gradient are 0. A feature of which they leave a single value gives the bias, and its state stays
-        as it was.
+        output and its gradient are 0. A feature of which they leave a single value, counting repeats, gives the bias,
+        and its state stays as it was.
       axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool statistics over. `None` under plain `jit`.
       axis_index_groups: pool only within these subgroups of `axis_name`; see `moments`.
       unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Flax; with real-valued

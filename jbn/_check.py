@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jbn._types import Moments, Params, State
+
 
 def statistics_dtype(*dtypes) -> jnp.dtype:
     """float64 where one of `dtypes` is, else float32."""
@@ -28,7 +30,8 @@ def as_array(name, given) -> jax.Array:
         return jnp.asarray(given)
     except (TypeError, ValueError):
         shown = repr(given) if given is None or isinstance(given, str) else f"a {type(given).__name__}"
-        raise TypeError(f"{name} is {shown}; expected an array, or numbers in a list.") from None
+        kind = f" of {given.dtype}" if isinstance(given, np.ndarray) else ""
+        raise TypeError(f"{name} is {shown}{kind}; expected an array of numbers, or lists of equal length.") from None
 
 
 def as_floating(name, given) -> jax.Array:
@@ -54,8 +57,13 @@ def check_features(features) -> tuple[int, ...]:
 
 def check_batch(x, feature_axis, weights) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
     """`x` and `weights` as arrays of equal rank, and the axes to reduce."""
+    if isinstance(x, Params | State | Moments):
+        raise TypeError(f"x is a {type(x).__name__}; expected an array. Is the order right?")
     if isinstance(x, tuple):
-        raise TypeError(f"x is a {type(x).__name__}; expected an array. jbn.batch_norm returns the pair (y, state).")
+        raise TypeError(
+            f"x is a {type(x).__name__}; expected an array. jbn.batch_norm returns the pair (y, state), and a batch of "
+            f"several arrays has to be taken apart."
+        )
     x = as_floating("x", x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(

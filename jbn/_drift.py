@@ -38,7 +38,8 @@ def drift(
 
     With s = sqrt(var + epsilon) of all batches together and s_run of the running statistics,
 
-        shift = (mean - mean_run) / s_run,  ratio = s / s_run,  error = sqrt(shift^2 + (ratio - 1)^2)
+        shift = (mean - mean_run) / s_run,  ratio = s / s_run
+        error = sqrt(shift^2 + (ratio - 1)^2 var / (var + epsilon))
 
     The error is the root mean square of what a feature's output in evaluation is off from that in training, in units
     of |scale|: 0.1 goes unnoticed, at 1 the difference is as large as the output. Every layer is measured as in
@@ -83,6 +84,7 @@ def drift(
             return state
         spread, running = (jnp.sqrt(of.var + epsilon) for of in (found, state))
         shift, ratio = (found.mean - state.mean) / running, spread / running
-        return Drift(total.count, shift, ratio, jnp.sqrt(shift**2 + (ratio - 1) ** 2))
+        narrower = (ratio - 1) ** 2 * found.var / jnp.where(spread > 0, spread, 1) ** 2
+        return Drift(total.count, shift, ratio, jnp.sqrt(shift**2 + narrower))
 
     return jax.tree.map(apart, states, *measured, is_leaf=is_state)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.tree_util import keystr
 
 from jbn._check import as_floating, known, statistics_dtype
 from jbn._layout import layout_of, lie
+from jbn._measuring import held_by
 from jbn._pool import varying
 from jbn._types import Moments, Params, State, is_state
 
@@ -60,7 +62,7 @@ def check_states(name, states):
         raise TypeError(f"{name} is {_named(states)} without a jbn.State in it; is the order right?")
 
     def checked(path, leaf):
-        return check_fields(f"{name}{jax.tree_util.keystr(path)}", leaf, State) if is_state(leaf) else leaf
+        return leaf if held_by(leaf) or not is_state(leaf) else check_fields(f"{name}{keystr(path)}", leaf, State)
 
     return jax.tree_util.tree_map_with_path(checked, states, is_leaf=is_state)
 
@@ -81,7 +83,11 @@ def _way_to(kind, name, value) -> str:
     if isinstance(value, tuple | list) and [type(each) for each in value] == [Params, State]:
         return "jbn.init gives the pair (params, state): take it apart."
     if isinstance(value, tuple | list) and value and all(isinstance(each, kind) for each in value):
-        return f"Pass them one by one, as in merge(*{name.partition('[')[0]})."
+        if name == "moments[0]":
+            return "Pass them one by one, as in merge(*moments)."
+        return "A network has one for each normalization: pass that of this one."
+    if isinstance(value, State) and name.startswith("moments["):
+        return "States are merged by jbn.merge_states."
     if isinstance(value, tuple | list) and not hasattr(value, "_fields") and 2 <= len(value) <= len(kind._fields):
         return f"If it holds {', '.join(kind._fields[: len(value)])}, make it with {own}(*{name})."
     if isinstance(value, Moments) and kind is State:

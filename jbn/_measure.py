@@ -47,7 +47,8 @@ def moments(
       feature_axis: the axis or axes that keep their own statistics; all others are reduced. Peers' `axis` is sometimes
         this and sometimes the reduced ones.
       weights: a boolean mask; or numbers of repeats, in an integer dtype; or real numbers that are not negative, in any
-        unit, of which count**2 / squares is the effective number of values. Of the shape of `x`, where each feature has
+        unit in which their squares are float32 numbers (1e-15 to 1e15), of which count**2 / squares is the effective
+        number of values. Of the shape of `x`, where each feature has
         missing values of its own, or with the feature axes left out or of size 1; any other axis may be 1 too, and the
         last of them left out. What has weight 0 is never computed with: it may be NaN. A negative or NaN weight counts
         as 0.

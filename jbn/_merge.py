@@ -1,6 +1,5 @@
 """Pool moments, and states, that were measured apart."""
 
-from functools import partial
 from typing import TypeVar
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._check import as_floating, known, statistics_dtype
+from jbn._check import as_array, known, statistics_dtype
 from jbn._fields import check_fields, check_states, features_of
 from jbn._measure import few_bits, nonzero, settled
+from jbn._measuring import held_by
 from jbn._types import Moments, State, is_state
 
 States = TypeVar("States")
@@ -70,7 +70,8 @@ def merge_states(*states: States, shares: ArrayLike | None = None) -> States:
         mean = sum(q_i mean_i),  var = sum(q_i (var_i + (mean_i - mean)^2))          within plus between
 
     So a state counts by its evidence, and one without any (weight 0) adds nothing. Where none has any of a feature, the
-    mean and variance of the first stay.
+    mean and variance of the first stay. What lies between the means counts as variance: also the way that is left
+    between a target and the network it follows.
 
     Args:
       *states: one or more `State`, or pytrees of them in one structure; what else is in there is that of the first.
@@ -96,24 +97,44 @@ def merge_states(*states: States, shares: ArrayLike | None = None) -> States:
     """
     if not states:
         raise TypeError("merge_states was given nothing; pass one or more, such as merge_states(*runs) for a list.")
-    given = np.ones(len(states), np.float32) if shares is None else shares
-    shares = as_floating("shares", given)
-    if shares.shape != (len(states),) or (known(given) and not (np.min(given) >= 0 and 0 < np.sum(given) < np.inf)):
-        raise ValueError(f"shares is {given}; expected {len(states)} numbers, not negative and not all 0.")
+    first = states[0]
+    if len(states) == 1 and isinstance(first, list | tuple) and first and all(map(is_state, first)):
+        raise TypeError(f"merge_states was given one {type(first).__name__} of states: pass merge_states(*runs).")
     for index, each in enumerate(states):
+        if isinstance(each, int | float | jax.Array | np.ndarray):
+            raise TypeError(f"states[{index}] is {each}; expected a State. Shares go by name: shares=[...].")
         check_states(f"states[{index}]", each)
-        if jax.tree.structure(each, is_leaf=is_state) != jax.tree.structure(states[0], is_leaf=is_state):
+        if jax.tree.structure(each, is_leaf=is_state) != jax.tree.structure(first, is_leaf=is_state):
             raise ValueError(
                 f"states[{index}] ({type(each).__name__}) is in another structure than states[0] "
-                f"({type(states[0]).__name__})."
+                f"({type(first).__name__})."
             )
-    merged = partial(_merged, shares / jnp.sum(shares))
-    return jax.tree.map(lambda *each: merged(*each) if is_state(each[0]) else each[0], *states, is_leaf=is_state)
+    shares = _check_shares(np.ones(len(states), np.float32) if shares is None else shares, len(states))
+    shares /= jnp.max(shares)  # the sum of large ones is infinite
+    shares /= jnp.sum(shares)
+
+    def merged(path, *each):
+        return _merged(jax.tree_util.keystr(path), shares, each) if is_state(each[0]) else each[0]
+
+    return jax.tree_util.tree_map_with_path(merged, *states, is_leaf=is_state)
 
 
-def _merged(shares, *states: State) -> State:
+def _check_shares(given, count) -> jax.Array:
+    shares = as_array("shares", given)
+    fits = shares.shape == (count,) and not jnp.issubdtype(shares.dtype, jnp.complexfloating)
+    if fits and known(given):
+        numbers = np.asarray(given, np.float64)
+        fits = np.min(numbers) >= 0 and 0 < np.sum(numbers) < np.inf
+    if not fits:
+        raise ValueError(f"shares is {given}; expected {count} real numbers, not negative and not all 0.")
+    return shares.astype(statistics_dtype(shares.dtype))
+
+
+def _merged(path, shares, states) -> State:
+    if any(map(held_by, states)):
+        raise TypeError(f"states[0]{path} is a State that is being measured: merge it outside of what is measured.")
     features = features_of(max((jnp.asarray(state.mean) for state in states), key=jnp.ndim))
-    states = tuple(check_fields(f"states[{i}]", state, State, features) for i, state in enumerate(states))
+    states = tuple(check_fields(f"states[{i}]{path}", state, State, features) for i, state in enumerate(states))
     dtype = statistics_dtype(*(leaf.dtype for leaf in jax.tree.leaves(states)))
     mean, var, weight = (jnp.stack([field.astype(dtype) for field in fields]) for fields in zip(*states, strict=True))
     shares = jnp.reshape(shares.astype(dtype), (-1, *[1] * len(features.shape)))

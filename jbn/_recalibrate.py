@@ -37,13 +37,17 @@ def recalibrate(
     a layer that no other comes before. Every further pass normalizes by the statistics of the pass before, as
     evaluation will. After k passes those of the first k layers in sequence are exact: they do not depend on how the
     data is cut into batches, nor on the states passed in. It goes on until nothing changes, in as many passes as there
-    are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`.
+    are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`. All this
+    goes for layers that are `batch_norm` or `batch_renorm`: `normalize_batch` sees no state, so that one composed of it
+    and `update` is normalized by each batch in every pass.
 
     Args:
       apply: `apply(params, states, batch)` gives back a pair, whose second item is the new states in the structure of
         those it was given. It applies the network with `train=True`, with `weights` and `axis_name` as in training; a
-        layer that it applies with `train=False` keeps its state. Compiled once for each shape of a batch, for as long
-        as the function, or the object that it is a method of, lives: pass the same one again rather than a new lambda.
+        layer that it applies with `train=False` keeps its state. Compiled once for each shape of a batch, and for a
+        function kept as long as that lives: pass the same one again rather than a new lambda. As under `jit`, what a
+        function reads besides its arguments is what it was in the first call. Methods and other objects are traced anew
+        in every call of `recalibrate`.
         The mean and variance it sees are those that normalize, and those it gets back what was found so far: it may
         log them, and what it makes of them, clipped say, is kept. What was found travels in `weight`, of shape
         `[*features, 1, 5 or 7]` here, which has to be handed on with them.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jbn._check import check_features, statistics_dtype
+from jbn._fields import check_states
 from jbn._types import Moments, Params, State, is_state
 
 
@@ -64,6 +65,9 @@ def empty_moments(states):
     Returns:
       The same pytree with `Moments` of the shapes of the states, in float32 (float64 where the state is).
 
+    Raises:
+      TypeError: there is no `State` in `states`.
+
     Example:
       >>> _, state = jbn.init(2)
       >>> total = jbn.empty_moments(state)
@@ -76,7 +80,7 @@ def empty_moments(states):
     def empty(state):
         if not is_state(state):
             return state
-        like = jnp.asarray(state.mean)
+        like = state.mean
         return Moments(*(jnp.zeros_like(like, statistics_dtype(like.dtype)) for _ in Moments._fields))
 
-    return jax.tree.map(empty, states, is_leaf=is_state)
+    return jax.tree.map(empty, check_states("states", states), is_leaf=is_state)

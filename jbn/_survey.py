@@ -1,9 +1,9 @@
 """Measure every normalization of a network over given batches, the network as it is written for training."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from types import MethodType
+from types import FunctionType
 from typing import Any, cast
 
 import jax
@@ -15,9 +15,9 @@ from jbn._start import empty_moments
 from jbn._types import State, is_state
 
 NOTE = (
-    "This was raised inside of `apply` while jbn measures what its states are given. There `mean` and `var` of a State "
-    "are as in training, and `weight` is [*features, 1, 5 or 7] and has to be handed on as it comes. A `vmap` over the "
-    "last axis of a State, as in in_axes=-1, is not possible there: stack states along their first."
+    "jbn was measuring what the states are given. If this is about a State: `mean` and `var` are as in training there, "
+    "and `weight` is [*features, 1, 5 or 7] and has to be handed on as it comes; a `vmap` over the last axis, as in "
+    "in_axes=-1, is not possible: stack states along their first."
 )
 
 
@@ -26,6 +26,10 @@ def survey(apply, params, states, batches: Iterable[Any], *, by_batch: bool) -> 
 
     Layers are normalized by each batch's own statistics, or else by `states`. `None` where there are no batches.
     """
+    if not callable(apply):
+        raise TypeError(f"apply is a {type(apply).__name__}; expected a function apply(params, states, batch).")
+    if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; expected a list of batches, or what gives them.")
     run, totals, found = _program(apply), empty_moments(states), None
     for batch in batches:
         previous = totals
@@ -34,36 +38,31 @@ def survey(apply, params, states, batches: Iterable[Any], *, by_batch: bool) -> 
         except Exception as error:
             if isinstance(batches, jax.Array | np.ndarray):
                 error.add_note(
-                    f"batches is an array {list(batches.shape)}, of which each row was taken for a batch of shape "
-                    f"{list(batches.shape[1:])}. If it is one batch, pass [batches]."
+                    f"batches is an array {list(batches.shape)}, each row of which is a batch. If all of it is one, "
+                    f"pass [batches]."
                 )
             raise
         jax.block_until_ready(previous)  # or batches would pile up before the device
     return None if found is None else (totals, found)
 
 
-_programs: dict[tuple[int, int], tuple[weakref.ref, Callable]] = {}
+_programs: weakref.WeakKeyDictionary[Callable, Callable] = weakref.WeakKeyDictionary()
 
 
 def _program(apply) -> Callable:
-    """The compiled measurement of one batch by `apply`, kept for as long as that lives.
+    """The compiled measurement of one batch by `apply`: kept, for as long as that lives, where it is a function.
 
-    As an argument of a `jit` of this module, it would live for ever and all that it holds. A bound method is made anew
-    whenever it is named: its object and its function count.
+    As an argument of a `jit` of this module it would live for ever, and all that it holds. An object, and so a method
+    of it, may be another by the next call: it is traced anew.
     """
-    owner, function = getattr(apply, "__self__", apply), getattr(apply, "__func__", None)
-    key = id(owner), id(function)
-    if key not in _programs:
-        try:
-            alive = weakref.ref(owner, lambda _: _programs.pop(key, None))
-        except TypeError:  # nothing tells when such an object is gone
-            return jax.jit(partial(_measure, lambda: apply), static_argnums=0)
-
-        def living():
-            return alive() if function is None else MethodType(function, alive())
-
-        _programs[key] = alive, jax.jit(partial(_measure, living), static_argnums=0)
-    return _programs[key][1]
+    function = apply
+    while isinstance(function, partial):
+        function = function.func
+    if not isinstance(function, FunctionType | jax.stages.Wrapped):
+        return jax.jit(partial(_measure, lambda: apply), static_argnums=0)
+    if apply not in _programs:
+        _programs[apply] = jax.jit(partial(_measure, weakref.ref(apply)), static_argnums=0)
+    return _programs[apply]
 
 
 def _measure(living, by_batch, params, states, totals, batch):
@@ -79,7 +78,8 @@ def _measure(living, by_batch, params, states, totals, batch):
         error.add_note(NOTE)
         raise
     if not isinstance(result, tuple) or len(result) != 2:
-        raise TypeError(f"apply gave back a {type(result).__name__}; expected the pair (anything, new states).")
+        kind = "array" if isinstance(result, jax.Array) else type(result).__name__
+        raise TypeError(f"apply gave back a {kind}; expected the pair (anything, new states).")
     if jax.tree.structure(result[1]) != jax.tree.structure(given):
         raise TypeError(
             f"apply gave back new states ({type(result[1]).__name__}) in another structure than that of the states it "

@@ -100,7 +100,7 @@ def advance(
 @partial(jax.jit, static_argnames=("unbiased", "centered"))
 def _advance(old, moments, decay, amount, unbiased, centered):
     dtype = old.mean.dtype
-    measured = jax.tree.map(lambda field: field.astype(dtype), moments)
+    measured = _in(dtype, moments)
     amount = amount.astype(dtype)
     if isinstance(old, Moments):
         part = measured._replace(count=amount * measured.count, squares=amount**2 * measured.squares)
@@ -117,6 +117,13 @@ def _advance(old, moments, decay, amount, unbiased, centered):
         valid &= jnp.isfinite(value)
     moved = jax.tree.map(lambda to, still: jnp.where(valid, to.astype(still.dtype), still), new, old)
     return lax.stop_gradient(moved)
+
+
+def _in(dtype, moments: Moments) -> Moments:
+    """`moments` in `dtype`, with what a narrower mean loses in `mean_low`."""
+    mean = moments.mean.astype(dtype)
+    low = moments.mean - mean.astype(moments.mean.dtype) + moments.mean_low
+    return jax.tree.map(lambda field: field.astype(dtype), moments._replace(mean=mean, mean_low=low))
 
 
 def _reciprocal_number(measured: Moments):

@@ -89,8 +89,20 @@ def test_masked_stacked_and_constant():
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), (PARAMS[0], STATE))
     many = jbn.drift(jax.vmap(one, (0, 0, None)), *stacked, [X])
     assert many.error.shape == (2, FEATURES)
-    dead = jbn.drift(one, PARAMS[0], jbn.State(jnp.zeros(4), jnp.zeros(4), jnp.ones(4)), [np.zeros_like(X)])
-    assert_array_equal(dead.error, np.zeros(4))
+    for var in (0.0, 1e-4, 1.0):  # running statistics that remember a start at 1: what is constant comes out the same
+        dead = jbn.drift(one, PARAMS[0], jbn.State(jnp.zeros(4), jnp.full(4, var), jnp.ones(4)), [np.zeros_like(X)])
+        assert_allclose(dead.error, np.zeros(4), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-4, 3e-3, 1.0])
+def test_the_error_of_features_whose_variance_is_beside_epsilon(size):
+    network = partial(jbn.batch_norm, train=True, unbiased=False)
+    x = np.float32(size) * X
+    state = jbn.State(STATE.mean * size, STATE.var * size**2, STATE.weight)
+    found = jbn.drift(lambda params, state, x: network(x, params, state), PARAMS[0], state, [x])
+    plain = jbn.Params(None, None)
+    off = jbn.normalize_batch(x, plain)[0] - jbn.normalize_running(x, plain, state)
+    assert_allclose(found.error, np.sqrt(np.mean(np.float64(off) ** 2, 0)), rtol=1e-3)
 
 
 def test_a_generator_will_do_and_nothing_will_not():

@@ -56,6 +56,13 @@ def test_x_that_is_no_array(f, x):
 
 
 @measuring
+def test_params_or_a_pair_for_x(f):
+    refused(TypeError, r"x is a Params; expected an array. Is the order right", f, PARAMS)
+    refused(TypeError, r"x is a tuple.*a batch of several arrays has to be taken apart", f, (X, X))
+    refused(TypeError, r"x is a ndarray of object; expected an array of numbers", f, np.array([None, 1]))
+
+
+@measuring
 def test_weights_that_are_no_array(f):
     refused(TypeError, r"weights is a dict; expected an array", f, X, weights={})
 
@@ -219,6 +226,10 @@ def test_the_pair_of_init_not_taken_apart():
 
 
 def test_a_list_of_moments_or_states():
+    message = r"state is a list.*pass that of this one"
+    refused(TypeError, message, jbn.batch_norm, X, PARAMS, [STATE] * 2, train=True)
+    refused(TypeError, r"moments\[0\] is a State.*jbn.merge_states", jbn.merge, STATE, STATE)
+    refused(TypeError, r"states is a Params without a jbn.State", jbn.empty_moments, PARAMS)
     refused(TypeError, r"moments\[0\] is a list.*one by one, as in merge\(\*moments\)", jbn.merge, [MOMENTS, MOMENTS])
     refused(TypeError, r"shares is", jbn.merge_states, STATE, STATE, shares={})
 

@@ -130,11 +130,28 @@ def test_dtypes_and_gradients():
 
 @pytest.mark.parametrize("shares", [[1.0], [1, 1, 1], [1, -1], [0, 0], [np.nan, 1], [np.inf, 1], [[1, 1]], 1.0])
 def test_shares_that_are_none(shares):
-    with pytest.raises(ValueError, match=r"shares is .*; expected 2 numbers, not negative and not all 0"):
+    with pytest.raises(ValueError, match=r"shares is .*; expected 2 real numbers, not negative and not all 0"):
         jbn.merge_states(*states(2), shares=shares)
 
 
+def test_large_shares():
+    """Their sum is infinite in their own type."""
+    given = states(5)
+    large = np.float32([8e37] * 5)
+    traced = jax.jit(lambda shares: jbn.merge_states(*given, shares=shares))(large)
+    for got in (jbn.merge_states(*given, shares=large), traced, jbn.merge_states(*given, shares=np.float16([6e4] * 5))):
+        assert_state(got, expected(given, [1] * 5))
+
+
 def test_refusals():
+    with pytest.raises(TypeError, match=r"merge_states was given one list of states: pass merge_states\(\*runs\)"):
+        jbn.merge_states(states(2))
+    with pytest.raises(TypeError, match=r"states\[2\] is 0.5; expected a State. Shares go by name: shares="):
+        jbn.merge_states(*states(2), 0.5)
+    with pytest.raises(ValueError, match=r"shares is .*; expected 2 real numbers"):
+        jbn.merge_states(*states(2), shares=np.ones(2) * 1j)
+    with pytest.raises(ValueError, match=r"states\[1\]\['a'\]\[1\].mean has shape \[4\]; expected \[3\]"):
+        jbn.merge_states({"a": states(2)}, {"a": [states(1)[0], states(1, features=4)[0]]})
     with pytest.raises(TypeError, match=r"merge_states was given nothing.*merge_states\(\*runs\)"):
         jbn.merge_states()
     with pytest.raises(TypeError, match=r"states\[1\] is a Params without a jbn.State in it; is the order right"):

@@ -354,16 +354,49 @@ def test_functions_and_what_they_hold_are_freed(make):
     assert live() - before < 1e6  # each holds 10 MB
 
 
-@pytest.mark.parametrize("make", [WRITTEN[name] for name in WRITTEN if "without" not in name])
-def test_called_again_nothing_is_compiled(make, compilations):
-    network = make()
-    owner = getattr(network, "__self__", None)
+@pytest.mark.parametrize("name", [name for name in WRITTEN if "object" not in name and "method" not in name])
+def test_called_again_nothing_is_compiled(name, compilations):
+    network = WRITTEN[name]()
     jbn.recalibrate(network, PARAMS, STATES[:1], cut([256]))
     assert compilations
     compilations.clear()
-    again = getattr(owner, network.__name__) if owner is not None else network  # a method is made anew
-    jbn.recalibrate(again, PARAMS, STATES[:1], cut([256]))
+    jbn.recalibrate(network, PARAMS, STATES[:1], cut([256]))
     assert not compilations
+
+
+def test_an_object_that_has_changed_is_measured_as_it_is():
+    """As a network that is trained in place: nothing of its first call is kept."""
+
+    class Changing:
+        scale = 1.0
+
+        def apply(self, params, states, x):
+            return apply(params, states, self.scale * x)
+
+        __call__ = apply
+
+    for pick in (lambda network: network.apply, lambda network: network, lambda network: partial(network.apply)):
+        network = Changing()
+        first = jbn.recalibrate(pick(network), PARAMS, STATES[:1], cut([256]))
+        network.scale = 3.0
+        second = jbn.recalibrate(pick(network), PARAMS, STATES[:1], cut([256]))
+        assert_allclose(second[0].mean, 3 * first[0].mean, rtol=1e-5)
+        assert (jbn.drift(pick(network), PARAMS, first, cut([256]))[0].error > 1).all()
+
+
+def test_an_object_that_forwards_to_another_is_called_itself():
+    class Wrapper:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, params, states, x):
+            return self.inner(params, states, 10 * x)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    (state,) = jbn.recalibrate(Wrapper(Network().apply), PARAMS, STATES[:1], cut([256]))
+    assert_allclose(state.mean, 10 * (ROWS @ KERNELS[0]).mean(0), rtol=1e-4)
 
 
 def test_methods_of_one_object_are_not_taken_for_each_other():
@@ -404,6 +437,13 @@ def test_refusals():
         jbn.recalibrate(lambda *args: (None, tuple(apply(*args)[1])), PARAMS, STATES, batches)
     with pytest.raises(TypeError, match=r"states is a list without a jbn.State in it; is the order right\?"):
         jbn.recalibrate(apply, STATES, PARAMS, batches)
+    for wrong in ({"x": batches[0]}, "batches", 3, None):
+        with pytest.raises(TypeError, match=r"batches is a (dict|str|int|NoneType); expected a list of batches"):
+            jbn.recalibrate(apply, PARAMS, STATES, wrong)
+    with pytest.raises(TypeError, match=r"apply is a list; expected a function apply\(params, states, batch\)"):
+        jbn.recalibrate(PARAMS, apply, STATES, batches)
+    with pytest.raises(TypeError, match=r"gave back a array; expected the pair"):
+        jbn.recalibrate(lambda *args: apply(*args)[0], PARAMS, STATES, batches)
     with pytest.raises(ValueError, match=r"passes is 0; expected an int of at least 1"):
         jbn.recalibrate(apply, PARAMS, STATES, batches, passes=0)
 
@@ -436,6 +476,15 @@ def test_one_array_of_rows_is_named():
     with pytest.raises(ValueError, match=r"one value per feature") as caught:
         jbn.recalibrate(apply, PARAMS, STATES, ROWS)
     assert any("batches is an array [256, 3]" in note and "[batches]" in note for note in caught.value.__notes__)
+
+
+def test_states_that_are_merged_while_they_are_measured():
+    def target(params, states, x):
+        y, new = apply(params, states, x)
+        return y, jbn.merge_states(states, new)
+
+    with pytest.raises(TypeError, match=r"states\[0\]\[0\] is a State that is being measured: merge it outside"):
+        jbn.recalibrate(target, PARAMS, STATES, cut([256]))
 
 
 def test_a_variance_as_the_network_or_the_caller_says():

@@ -312,6 +312,17 @@ def test_amount_multiplies_the_count_that_moments_accumulate():
     assert_state(total, jax.tree.map(lambda field: np.broadcast_to(field, FEATURES), merged))
 
 
+def test_moments_in_float32_keep_what_float64_data_measures():
+    """The sum of mean and mean_low, not the mean alone: what rounding takes from the means would be a variance."""
+    with jax.enable_x64(True):
+        x = 1e5 + np.random.default_rng(0).standard_normal((64, 64, FEATURES))
+        total = jbn.empty_moments(jbn.init(FEATURES)[1])
+        for part in x:
+            total = jbn.update(total, jbn.moments(part))
+        assert total.mean.dtype == jnp.float32
+        assert_allclose(total.var, x.reshape(-1, FEATURES).var(0), rtol=2e-6)
+
+
 def test_empty_moments_have_the_shapes_and_dtypes_of_the_states():
     with jax.enable_x64(True):
         states = {"a": jbn.init((2, 3))[1], "b": [jbn.init(1, dtype=jnp.float64)[1]], "steps": 3}

@@ -101,7 +101,7 @@ def print_table(history: list[dict], title: str) -> None:
 
 def print_drift(drifts: dict[str, dict[str, jbn.Drift]], title: str) -> None:
     """A line for each layer, of its worst feature on each part of the data; the layer worst on the first part first."""
-    table = Table(title=title, caption="error: of the output in evaluation, in its standard deviations in training")
+    table = Table(title=title, caption="of each layer the worst feature; error: of its output, in standard deviations")
     table.add_column("layer", no_wrap=True)
     for part in drifts:
         for name in ("error", "shift", "ratio"):

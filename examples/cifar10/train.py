@@ -266,7 +266,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
             part: jbn.drift(measure, carry.params, carry.state, batches(part, f"drift on {part} images"))
             for part in parts
         }
-        report.print_drift(found, f"running statistics, {params}: how far they are from the images, worst layer first")
+        report.print_drift(found, f"running statistics, {params}: how far they are from the images")
     if config.recalibrate:
         passes = itertools.count(1)
 
