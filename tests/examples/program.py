@@ -46,6 +46,7 @@ class Launcher:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",  # what XLA says of its cache can fill the pipe, from which nobody reads
         }
 
     def quick(self, devices: int = 1) -> dict[str, str]:
