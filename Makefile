@@ -16,7 +16,7 @@ test: .venv/.test ## Run the tests, two files at a time
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras
-	$(BIN)/python -m pytest tests/peers $(ARGS)
+	$(BIN)/python -m pytest tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py $(ARGS)
 
 lint: .venv/.dev .venv/.peers ## Check style and types
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and the names that docstring examples use."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 import jbn
+
+LAYERS = {"flax": ("_flax", "linen", "nnx"), "equinox": ("equinox",)}  # which cannot be imported without these
+collect_ignore = [
+    f"jbn/{name}.py" for needed, names in LAYERS.items() if not importlib.util.find_spec(needed) for name in names
+]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from jbn._batch_norm import batch_norm
 from jbn._drift import Drift, drift
+from jbn._fold import fold, fold_into
 from jbn._measure import moments
 from jbn._merge import merge, merge_states
 from jbn._normalize import normalize_batch, normalize_running
@@ -20,6 +21,8 @@ __all__ = [
     "batch_renorm",
     "drift",
     "empty_moments",
+    "fold",
+    "fold_into",
     "init",
     "merge",
     "merge_states",

@@ -73,19 +73,20 @@ def check_batch(x, feature_axis, weights) -> tuple[jax.Array, jax.Array | None, 
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x is {x.dtype}{list(x.shape)}; batch normalization needs floating-point input: cast x first.")
-    axes = _reduced_axes(x, feature_axis)
+    axes = reduced_axes("x", x, "feature_axis", feature_axis)
     return x, None if weights is None else _check_weights(weights, x, axes), axes
 
 
-def _reduced_axes(x, feature_axis) -> tuple[int, ...]:
-    given = feature_axis if isinstance(feature_axis, tuple | list) else (feature_axis,)
+def reduced_axes(name, x, option, kept) -> tuple[int, ...]:
+    """The axes of `x`, whose name that is, other than those `kept`, which is the value of that option."""
+    given = kept if isinstance(kept, tuple | list) else (kept,)
     try:
         positions = {operator.index(axis) + (x.ndim if axis < 0 else 0) for axis in given}
     except TypeError:
-        raise TypeError(f"feature_axis is {feature_axis!r}; give an int or a tuple of ints.") from None
+        raise TypeError(f"{option} is {kept!r}; give an int or a tuple of ints.") from None
     if not given or len(positions) < len(given) or min(positions) < 0 or max(positions) >= x.ndim:
         raise ValueError(
-            f"feature_axis is {feature_axis!r} and x has shape {list(x.shape)}; name at least one axis of x, each once."
+            f"{option} is {kept!r} and {name} has shape {list(x.shape)}; name at least one axis of {name}, each once."
         )
     return tuple(axis for axis in range(x.ndim) if axis not in positions)
 

@@ -23,6 +23,8 @@ class Features(NamedTuple):
     dtype: jnp.dtype  # of statistics
     layout: NamedSharding | None
     source: tuple[int, ...]  # the shape of what they are the features of
+    name: str = "x"  # of that
+    option: str = "feature_axis"  # which says along which axes they lie
 
 
 def features_of(x, axes=()) -> Features:
@@ -99,13 +101,14 @@ def _expected(shape, features: Features) -> str:
     """What was expected in the place of `shape`, and what may have led to it."""
     wanted = f"expected {list(features.shape)}"
     if features.source != features.shape:
-        wanted += f", the features of x {list(features.source)}"
+        wanted += f", the features of {features.name} {list(features.source)}"
     if shape[1:] == features.shape:
         return f"{wanted}. Is it stacked, as for a scan or a vmap over {shape[0]} of them? Pass one at a time."
     fitting = [axis for axis, size in enumerate(features.source) if shape == (size,)]
     if fitting and features.source != features.shape:
-        return f"{wanted}. Axis {fitting[0]} of x has that size: with feature_axis={fitting[0]} it would fit."
-    return f"{wanted}. Check feature_axis, and the features given to jbn.init."
+        axis, name, option = fitting[0], features.name, features.option
+        return f"{wanted}. Axis {axis} of {name} has that size: with {option}={axis} it would fit."
+    return f"{wanted}. Check {features.option}, and the features given to jbn.init."
 
 
 def _check_field(name, given, kind) -> jax.Array | None:

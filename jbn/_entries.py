@@ -1,0 +1,124 @@
+"""Arrays of other libraries by name: picked, copied, and freed of what is left of an initial 0 and 1."""
+
+import math
+import operator
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from jbn._check import statistics_dtype
+from jbn._fields import check_fields, features_of
+from jbn._types import Params, State
+
+
+def pick(source, entries, required, optional, hint="", ignored=()) -> dict[str, np.ndarray]:
+    """The arrays of `entries` by name: all of `required`, some of `optional`, no other than those `ignored`."""
+    if not isinstance(entries, Mapping):
+        raise TypeError(
+            f"{source} is a {type(entries).__name__}; expected a mapping of names to arrays. {hint}".strip()
+        )
+    given = {name: value for name, value in entries.items() if value is not None}
+    missing = [name for name in required if name not in given]
+    unknown = [name for name in given if name not in (*required, *optional, *ignored)]
+    if missing or unknown:
+        faults = [f"missing: {', '.join(missing)}"] * bool(missing)
+        faults += [f"unknown: {', '.join(map(str, unknown))}"] * bool(unknown)
+        may = f"{' and, ' if required else ''}where the layer has them, {', '.join((*optional, *ignored))}"
+        raise ValueError(
+            f"{source} has {listed(entries)}; expected {', '.join(required)}{may * bool((*optional, *ignored))} "
+            f"({'; '.join(faults)}). {hint}".strip()
+        )
+    return {name: as_entry(f"{source}[{name!r}]", value) for name, value in given.items() if name not in ignored}
+
+
+def listed(entries) -> str:
+    """The names in `entries`, of which those of a network are many."""
+    names = [name if entries[name] is not None else f"{name} (None)" for name in entries]
+    shown = ", ".join(map(str, names[:12])) or "nothing"
+    return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown
+
+
+def as_entry(name, given) -> np.ndarray:
+    if hasattr(given, "detach"):  # a tensor of PyTorch
+        given = given.detach().cpu()
+        narrow = str(given.dtype) == "torch.bfloat16"  # which NumPy cannot hold
+        given = given.float().numpy().astype(jnp.bfloat16) if narrow else given.numpy()
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is a {type(given).__name__}; expected an array.") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        found = f"a {type(given).__name__}" if array.dtype == object else f"{array.dtype}{list(array.shape)}"
+        raise TypeError(f"{name} is {found}; expected a floating-point array.")
+    return array
+
+
+def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
+    """Copies of what `names` says is scale, bias, mean and var; less the initial values where `steps` are given."""
+    shapes = {name: list(array.shape) for name, array in named.items()}
+    if len({*map(tuple, shapes.values())}) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the shapes differ: {listed}; expected one value per feature in each.")
+    scale, bias, mean, var = (named.get(name) for name in names)
+    weight = 1.0
+    if steps is not None or decay is not None:
+        mean, var, weight = _without_start(mean, var, steps, decay)
+    dtype = statistics_dtype(*(named[name].dtype for name in names[2:]))
+    statistics = (jnp.array(np.asarray(field).astype(dtype)) for field in (mean, var, np.full(mean.shape, weight)))
+    params = (None if field is None else jnp.array(field) for field in (scale, bias))
+    return Params(*params), State(*statistics)
+
+
+def _without_start(mean, var, steps, decay):
+    """Mean, variance and weight, less an initial mean 0 and variance 1 that have decayed for so many steps."""
+    if steps is None or decay is None:
+        raise ValueError(
+            f"steps is {steps} and decay is {decay}; expected both, to take out the initial mean 0 and variance 1, or "
+            f"neither, to keep them as data. PyTorch counts steps in num_batches_tracked; decay is 1 - its momentum."
+        )
+    left = check_decay(decay) ** check_steps(steps)
+    if left == 1:
+        return mean, var, 0.0
+    # A variance is at least what is left of the initial 1, but for the rounding of every step.
+    if np.any(var.astype(np.float64) < left * (1 - 1e-3) - float(jnp.finfo(var.dtype).eps)):
+        raise ValueError(
+            f"steps is {steps} and decay is {decay}, by which {left:.4g} of the initial variance 1 is left, and the "
+            f"least running variance is {np.min(var):.4g}; expected the steps since the start, all with that decay "
+            f"(one minus PyTorch's momentum)."
+        )
+    mean, var = mean.astype(np.float64) / (1 - left), (var.astype(np.float64) - left) / (1 - left)
+    return mean, np.maximum(var, 0), 1 - left
+
+
+def check_steps(steps, name="steps") -> int:
+    try:
+        count = -1 if isinstance(steps, bool) else operator.index(steps)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ValueError(f"{name} is {steps!r}; expected a whole number of steps.")
+    return count
+
+
+def check_decay(decay) -> float:
+    if isinstance(decay, bool) or not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay!r}; expected a number in [0, 1), the weight of the old value.")
+    return float(decay)
+
+
+def steps_of(weight: float, decay: float) -> int:
+    """The steps of `decay` whose evidence is nearest to `weight`, and at least one where there is any."""
+    if weight <= 0 or decay == 0:
+        return int(weight > 0)
+    left = max(1 - weight, 2**-26)  # with which the weight is 1 in float32
+    fewer = math.floor(math.log(left) / math.log(decay))
+    return max(1, min((fewer, fewer + 1), key=lambda steps: abs(decay**steps - left)))
+
+
+def entries_of(params, state, names) -> dict[str, np.ndarray]:
+    """Copies of scale, bias, mean and var under `names`, without those that are `None`."""
+    state = check_fields("state", state, State)
+    params = check_fields("params", params, Params, features_of(state.mean))
+    fields = zip(names, (*params, state.mean, state.var), strict=True)
+    return {name: np.array(field) for name, field in fields if field is not None}
