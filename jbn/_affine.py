@@ -48,7 +48,7 @@ def standardize(measured: Moments, params: Params, epsilon) -> Affine:
 @jax.custom_jvp
 def reciprocal_root(var):
     """1 / sqrt(var); 0, with a derivative of 0, where that is infinite: a constant feature without epsilon."""
-    return lax.rsqrt(jnp.where(var > 0, var, jnp.inf))
+    return lax.rsqrt(jnp.where(var == 0, jnp.inf, var))
 
 
 @reciprocal_root.defjvp

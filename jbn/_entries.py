@@ -61,6 +61,8 @@ def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the shapes differ: {listed}; expected one value per feature in each.")
     scale, bias, mean, var = (named.get(name) for name in names)
+    if not np.all(var >= 0):
+        raise ValueError(f"{names[3]} has values down to {np.min(var)}; expected variances, none below 0 and none NaN.")
     weight = 1.0
     if steps is not None or decay is not None:
         mean, var, weight = _without_start(mean, var, steps, decay)
@@ -79,6 +81,11 @@ def _without_start(mean, var, steps, decay):
         )
     left = check_decay(decay) ** check_steps(steps)
     if left == 1:
+        if np.any(mean != 0) or np.any(var != 1):
+            raise ValueError(
+                "steps is 0, and the running statistics are not the initial mean 0 and variance 1; expected the steps "
+                "since the start. A layer that was given its statistics, as by to_torch, has not counted them."
+            )
         return mean, var, 0.0
     # A variance is at least what is left of the initial 1, but for the rounding of every step.
     if np.any(var.astype(np.float64) < left * (1 - 1e-3) - float(jnp.finfo(var.dtype).eps)):

@@ -31,6 +31,11 @@ def prepare(layer, x, mask) -> Call:
     axes = sorted({axis + x.ndim if axis < 0 else axis for axis in axes})
     if mask is not None:
         mask = as_array("mask", mask).astype(bool)
+        if mask.ndim > x.ndim or any(size not in (1, x.shape[-at]) for at, size in enumerate(mask.shape[::-1], 1)):
+            raise ValueError(
+                f"mask has shape {list(mask.shape)} and x has shape {list(x.shape)}; expected one that broadcasts to "
+                f"that, with size 1 for what it does not differ in, such as {[*x.shape[:-1], 1]}."
+            )
         mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
     x, mask, reduced = check_batch(x.astype(jnp.promote_types(own, dtype)), axes, mask)
     options = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}

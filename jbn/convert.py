@@ -70,7 +70,7 @@ def from_torch(
       ([2.0], [4.0], [0.75])
     """
     scale, bias, mean, var = TORCH
-    hint = "A whole network's state_dict is for find_torch."
+    hint = "Pass layer.state_dict(); a whole network's is for find_torch."
     if isinstance(entries, Mapping) and entries.get(mean) is None and entries.get(var) is None:
         hint += " With track_running_stats=False there are none: take them from jbn.init and jbn.recalibrate."
     named = pick("entries", entries, (mean, var), (scale, bias), hint, ignored=("num_batches_tracked",))
@@ -86,7 +86,8 @@ def to_torch(params: Params, state: State, *, steps: int = 0) -> dict[str, np.nd
 
     Args:
       params, state: fields of shape `[features]`. A scale or bias of `None` is left out, as with affine=False.
-      steps: num_batches_tracked, which matters to PyTorch only with momentum=None.
+      steps: num_batches_tracked, which matters to PyTorch only with momentum=None. It is not the number of steps behind
+        `state`, unless given: `from_torch(..., steps=)` has to be told that of a layer that loaded these entries.
 
     Returns:
       weight, bias, running_mean, running_var, num_batches_tracked as NumPy arrays. bfloat16, which NumPy has not, is
@@ -126,7 +127,12 @@ def find_torch(state_dict: Mapping[str, Any], *, steps: int | None = None, decay
       (['bn'], ('norm.weight', 'norm.bias'))
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}; expected a mapping of names to arrays.")
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; expected arrays by name, as model.state_dict().")
+    if nested := [name for name, value in state_dict.items() if isinstance(value, Mapping)]:
+        raise TypeError(
+            f"state_dict has mappings in {', '.join(map(repr, nested))}; expected arrays by name: of a checkpoint pass "
+            f"checkpoint['state_dict'], or whatever holds them."
+        )
     present = {name for name, value in state_dict.items() if value is not None}
     split = {name: name.rpartition(".") for name in state_dict}
     starts = [dot.join((prefix, "")) for prefix, dot, last in split.values() if last == "running_mean"]
@@ -156,7 +162,8 @@ def from_flax(
     Args:
       params: scale and bias `[*features]`, either of which may be missing; of a linen layer without them `{}` or
         `None`. Of an nnx layer `nnx.state(layer, nnx.Param)`.
-      batch_stats: mean and var `[*features]`. Of an nnx layer `nnx.state(layer, nnx.BatchStat)`.
+      batch_stats: mean and var `[*features]`, and the weight of jbn's own layers with debias. Of an nnx layer
+        `nnx.state(layer, nnx.BatchStat)`.
       steps, decay: both, to take out the initial values; see above. `decay` is Flax's momentum.
 
     Returns:
@@ -173,8 +180,10 @@ def from_flax(
     scale, bias, mean, var = FLAX
     hint = "Pass the collections of one layer, as variables['params']['BatchNorm_0']."
     named = pick("params", {} if params is None else params, (), (scale, bias), hint)
-    named |= pick("batch_stats", batch_stats, (mean, var), (), hint)
-    return assemble(named, FLAX, steps, decay)
+    named |= pick("batch_stats", batch_stats, (mean, var), ("weight",), hint)
+    weight = named.pop("weight", None)
+    converted, state = assemble(named, FLAX, steps, decay)
+    return converted, state if weight is None else state._replace(weight=jnp.array(weight))
 
 
 def to_flax(params: Params, state: State) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -395,7 +404,9 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
         params, state = jbn.convert.from_equinox(layer, state)
     """
     if getattr(layer, "mode", None) not in ("ema", "batch"):
-        raise TypeError(f"layer is a {type(layer).__name__}; expected an equinox.nn.BatchNorm, in mode ema or batch.")
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        own = " The State of a layer of jbn is state.get(layer.state_index)." if hasattr(layer, "state_index") else ""
+        raise TypeError(f"layer is a {kind}; expected an equinox.nn.BatchNorm, in mode ema or batch.{own}")
     batch = layer.mode == "batch"
     mean, var = state.get(layer.batch_state_index if batch else layer.ema_state_index)
     fields = zip(TORCH, (layer.weight, layer.bias, mean, var), strict=True)

@@ -7,7 +7,8 @@
 | `KERAS` | 0.99 | 1e-3 | no | `momentum` | full |
 | `HAIKU` | 0.9 | 1e-5 | no | `decay_rate` | none: `jbn.init(features)` |
 
-They are mappings that cannot be changed; one setting of another value is `TORCH | {"epsilon": 1e-3}`.
+They are mappings that cannot be changed; one setting of another value is `TORCH | {"epsilon": 1e-3}`, and a dict to
+keep in a config `dict(TORCH)`. Evaluation and `jbn.fold_into` take the epsilon alone: `epsilon=TORCH["epsilon"]`.
 
 Example:
   >>> import jbn.presets

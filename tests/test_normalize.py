@@ -208,6 +208,14 @@ def test_evaluation_takes_the_difference_first(offset):
         assert_close(f(x, PARAMS, state), reference.normalize(x, state.mean, state.var, *PARAMS))
 
 
+def test_a_broken_running_variance_shows():
+    """As NaN, and not as the bias."""
+    state = STATE._replace(var=jnp.asarray([1.0, -1.0, jnp.nan]))
+    y = jbn.normalize_running(sample(), PARAMS, state)
+    assert np.isfinite(y[..., 0]).all()
+    assert np.isnan(y[..., 1:]).all()
+
+
 def test_epsilon_may_be_traced():
     x = sample()
     _, mean, var = reference.moments(x)

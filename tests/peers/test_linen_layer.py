@@ -506,3 +506,12 @@ def test_one_feature_does_not_spoil_its_statistics():
     assert mean[0] == 0 and var[0] == 1
     assert_allclose(mean[1], x[..., 1].mean(), rtol=1e-6)  # starts anew
     assert_allclose(mean[2], 0.1 * X[..., 2].mean(), rtol=1e-5)
+
+
+def test_a_mask_that_does_not_broadcast():
+    """By NumPy's rules, as Flax has it: the message says which shape would."""
+    x, layer = jnp.ones((8, 4, 4, 3)), jbn.linen.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    for shape in ((8, 4, 4), (8,), (1, 8, 4, 4, 3)):
+        with pytest.raises(ValueError, match=rf"mask has shape {re.escape(str(list(shape)))} .* \[8, 4, 4, 1\]"):
+            layer.apply(variables, x, mask=np.ones(shape, bool), mutable=["batch_stats"])
