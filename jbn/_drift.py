@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jbn._check import check_epsilon
 from jbn._fields import check_states
-from jbn._survey import survey
+from jbn._survey import program, survey
 from jbn._types import is_state
 
 
@@ -75,7 +75,7 @@ def drift(
     """
     check_epsilon(epsilon)
     states = check_states("states", states)
-    measured = survey(apply, params, states, batches() if callable(batches) else batches, by_batch=True)
+    measured = survey(program(apply), params, states, batches() if callable(batches) else batches, by_batch=True)
     if measured is None:
         raise ValueError(f"batches is a {type(batches).__name__} in which there are none; expected one at least.")
 

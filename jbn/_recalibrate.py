@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._fields import check_states
-from jbn._survey import survey
+from jbn._survey import program, survey
 from jbn._types import State, is_state
 from jbn._update import update
 
@@ -86,7 +86,7 @@ def recalibrate(
     """
     if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
         raise ValueError(f"passes is {passes!r}; expected an int of at least 1, or None for as many as are needed.")
-    states = check_states("states", states)
+    states, run = check_states("states", states), program(apply)
     found = filter(is_state, jax.tree.leaves(states, is_leaf=is_state))
     layers = sum(math.prod(state.mean.shape[:-1]) for state in found)  # those stacked for a scan count one by one
     last = layers if passes is None else passes
@@ -97,7 +97,7 @@ def recalibrate(
                 f"batches is a {type(batches).__name__}, which can be gone through once, and there may be {last} "
                 f"passes; pass a list, a function that starts anew, such as lambda: loader(), or passes=1."
             )
-        measured = survey(apply, params, states, once, by_batch=number == 1)
+        measured = survey(run, params, states, once, by_batch=number == 1)
         if measured is None and number > 1:
             raise ValueError(f"pass {number} found no batches: what batches gives must start anew each time.")
         if measured is None:

@@ -21,16 +21,15 @@ NOTE = (
 )
 
 
-def survey(apply, params, states, batches: Iterable[Any], *, by_batch: bool) -> tuple[Any, Any] | None:
+def survey(run: Callable, params, states, batches: Iterable[Any], *, by_batch: bool) -> tuple[Any, Any] | None:
     """Moments and states in the places of `states`: what was measured, and what `apply` made of it.
 
-    Layers are normalized by each batch's own statistics, or else by `states`. `None` where there are no batches.
+    Layers are normalized by each batch's own statistics, or else by `states`. `None` where there are no batches. `run`
+    is `program(apply)`.
     """
-    if not callable(apply):
-        raise TypeError(f"apply is a {type(apply).__name__}; expected a function apply(params, states, batch).")
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; expected a list of batches, or what gives them.")
-    run, totals, found = _program(apply), empty_moments(states), None
+    totals, found = empty_moments(states), None
     for batch in batches:
         previous = totals
         try:
@@ -49,12 +48,14 @@ def survey(apply, params, states, batches: Iterable[Any], *, by_batch: bool) -> 
 _programs: weakref.WeakKeyDictionary[Callable, Callable] = weakref.WeakKeyDictionary()
 
 
-def _program(apply) -> Callable:
+def program(apply) -> Callable:
     """The compiled measurement of one batch by `apply`: kept, for as long as that lives, where it is a function.
 
     As an argument of a `jit` of this module it would live for ever, and all that it holds. An object, and so a method
     of it, may be another by the next call: it is traced anew.
     """
+    if not callable(apply):
+        raise TypeError(f"apply is a {type(apply).__name__}; expected a function apply(params, states, batch).")
     function = apply
     while isinstance(function, partial):
         function = function.func

@@ -1,6 +1,7 @@
 """What is refused, with a message that says what arrived, what was expected and what to do."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,13 @@ MEASURING = {
     "batch_norm": lambda x, **options: jbn.batch_norm(x, PARAMS, STATE, train=True, **options),
     "batch_norm in evaluation": lambda x, **options: jbn.batch_norm(x, PARAMS, STATE, train=False, **options),
 }
+TAKING_A_STATE = (
+    lambda state: jbn.normalize_running(X, PARAMS, state),
+    lambda state: jbn.batch_norm(X, PARAMS, state, train=True),
+    lambda state: jbn.batch_norm(X, PARAMS, state, train=False),
+    lambda state: jbn.batch_renorm(X, PARAMS, state, train=True),
+    lambda state: jbn.update(state, MOMENTS),
+)
 measuring = pytest.mark.parametrize("f", MEASURING.values(), ids=MEASURING)
 normalizing = pytest.mark.parametrize("f", list(MEASURING.values())[1:], ids=list(MEASURING)[1:])
 
@@ -200,14 +208,8 @@ def test_dicts_of_a_checkpoint_and_the_remedy():
     params, state = PARAMS._asdict(), {"mean": np.zeros(3), "var": np.ones(3), "weight": np.ones(3)}
     refused(TypeError, r"params is a dict .*jbn.Params\(\*\*params\)", jbn.normalize_batch, X, params)
     message = r"state is a dict \('mean', 'var', 'weight'\); expected a jbn.State.*make it with jbn.State\(\*\*state\)"
-    for f in (
-        lambda: jbn.normalize_running(X, PARAMS, state),
-        lambda: jbn.batch_norm(X, PARAMS, state, train=True),
-        lambda: jbn.batch_norm(X, PARAMS, state, train=False),
-        lambda: jbn.batch_renorm(X, PARAMS, state, train=True),
-        lambda: jbn.update(state, MOMENTS),
-    ):
-        refused(TypeError, message, f)
+    for f in TAKING_A_STATE:
+        refused(TypeError, message, f, state)
     refused(TypeError, r"moments is a dict .*jbn.Moments\(\*\*moments\)", jbn.update, STATE, MOMENTS._asdict())
     jbn.batch_norm(X, jbn.Params(**params), jbn.State(**state), train=True)
     refused(TypeError, "one for each normalization: pass that of this one", jbn.normalize_batch, X, {"norm1": PARAMS})
@@ -246,16 +248,8 @@ def test_a_weight_that_is_no_evidence(count):
     """Someone passes PyTorch's num_batches_tracked."""
     state = STATE._replace(weight=count)
     message = r"states?.weight has values from .*\[0, 1\].*num_batches_tracked.*jbn.State\(running_mean, running_var\)"
-    for f in (
-        lambda: jbn.normalize_running(X, PARAMS, state),
-        lambda: jbn.batch_norm(X, PARAMS, state, train=True),
-        lambda: jbn.batch_norm(X, PARAMS, state, train=False),
-        lambda: jbn.batch_renorm(X, PARAMS, state, train=True),
-        lambda: jbn.update(state, MOMENTS),
-        lambda: jbn.recalibrate(None, PARAMS, state, [X]),
-        lambda: jbn.drift(None, PARAMS, state, [X]),
-    ):
-        refused(ValueError, message, f)
+    for f in (*TAKING_A_STATE, *(partial(over, None, PARAMS, batches=[X]) for over in (jbn.recalibrate, jbn.drift))):
+        refused(ValueError, message, f, state)
     for layers in ({"norm": [state]}, {"norm": [STATE, state]}):
         index = len(layers["norm"]) - 1
         refused(ValueError, rf"states\['norm'\]\[{index}\].weight has", jbn.recalibrate, None, PARAMS, layers, [X])

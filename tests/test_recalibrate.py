@@ -384,6 +384,19 @@ def test_an_object_that_has_changed_is_measured_as_it_is():
         assert (jbn.drift(pick(network), PARAMS, first, cut([256]))[0].error > 1).all()
 
 
+def test_a_method_is_traced_once_for_the_first_pass_and_once_for_all_others():
+    class Counting:
+        traced = 0
+
+        def apply(self, params, states, x):
+            self.traced += 1
+            return apply(params, states, x)
+
+    network = Counting()
+    jbn.recalibrate(network.apply, PARAMS, STATES, cut([128, 128]), passes=3)
+    assert network.traced == 2
+
+
 def test_an_object_that_forwards_to_another_is_called_itself():
     class Wrapper:
         def __init__(self, inner):
