@@ -51,6 +51,12 @@ def scale_and_bias(x, params, states, size, limits):
     return x * params.scale + params.bias, states
 
 
+def normalize(remedy, activation, *operands):
+    """The remedy of that name, and the activation behind it."""
+    y, states = globals()[remedy](*operands)
+    return y if activation is None else activation(y), states
+
+
 def cut(x, size):
     return x.reshape(-1, size, *x.shape[1:])
 

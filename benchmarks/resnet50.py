@@ -20,14 +20,14 @@ optimizer = optax.sgd(0.1, momentum=0.9)
 
 
 class Norm(NamedTuple):
-    """`init(features)` gives params and state; `apply(x, params, state, axis_name)` gives y and the new state."""
+    """`init(features)` gives params and state; `apply` gives y and the new state."""
 
     init: Callable
-    apply: Callable
+    apply: Callable  # (x, params, state, axis_name, activation)
 
 
-def apply_jbn(x, params, state, axis_name):
-    return jbn.batch_norm(x, params, state, train=True, axis_name=axis_name)
+def apply_jbn(x, params, state, axis_name, activation):
+    return jbn.batch_norm(x, params, state, train=True, axis_name=axis_name, activation=activation)
 
 
 def init_flax(features):
@@ -37,14 +37,14 @@ def init_flax(features):
     return variables["params"], variables["batch_stats"]
 
 
-def apply_flax(x, params, state, axis_name, *, fast):
+def apply_flax(x, params, state, axis_name, activation, *, fast):
     from flax import linen as nn
 
     layer = nn.BatchNorm(
         use_running_average=False, momentum=0.9, dtype=x.dtype, axis_name=axis_name, use_fast_variance=fast
     )
     y, updated = layer.apply({"params": params, "batch_stats": state}, x, mutable=["batch_stats"])
-    return y, updated["batch_stats"]
+    return y if activation is None else activation(y), updated["batch_stats"]
 
 
 NORMS = {
@@ -92,19 +92,18 @@ def apply(params, state, images, norm: Norm, stages=STAGES, width=WIDTH, axis_na
     """Logits [batch, classes] in float32 for images [batch, height, width, 3], and the new state."""
     new_state = {}
 
-    def unit(x, name, stride=1):
+    def unit(x, name, stride=1, activation=jax.nn.relu):
         kernel = params[name]["kernel"].astype(x.dtype)
         x = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x, new_state[name] = norm.apply(x, params[name]["norm"], state[name], axis_name)
+        x, new_state[name] = norm.apply(x, params[name]["norm"], state[name], axis_name, activation)
         return x
 
-    x = jax.nn.relu(unit(images, "stem", 2))
+    x = unit(images, "stem", 2)
     x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
     for name, inputs, inner, stride in blocks(stages, width):
-        shortcut = x if inputs == 4 * inner else unit(x, f"{name}/shortcut", stride)
-        x = jax.nn.relu(unit(x, f"{name}/conv1"))
-        x = jax.nn.relu(unit(x, f"{name}/conv2", stride))
-        x = jax.nn.relu(unit(x, f"{name}/conv3") + shortcut)
+        shortcut = x if inputs == 4 * inner else unit(x, f"{name}/shortcut", stride, activation=None)
+        x = unit(unit(x, f"{name}/conv1"), f"{name}/conv2", stride)
+        x = jax.nn.relu(unit(x, f"{name}/conv3", activation=None) + shortcut)
     x = jnp.mean(x, (1, 2), dtype=jnp.float32)
     return x @ params["head"]["kernel"] + params["head"]["bias"], new_state
 

@@ -25,8 +25,7 @@ def apply(params, state, x, norm: Norm, axis_name=None) -> tuple[jax.Array, list
     for layer, moving in zip(params, state, strict=True):
         kernel = layer["kernel"].astype(x.dtype)
         x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x, moving = norm.apply(x, layer["norm"], moving, axis_name)
-        x = jax.nn.relu(x)
+        x, moving = norm.apply(x, layer["norm"], moving, axis_name, jax.nn.relu)
         new_state.append(moving)
     return x, new_state
 

@@ -110,8 +110,8 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
         # They open as in the paper, only sooner.
         limits = jbn.renorm_limits(carry.step, start=total // 20, d_end=total // 5, r_end=3 * total // 10)
 
-        def normalize(x, params, states, **_):
-            return getattr(remedies, remedy)(x, params, states, size, limits)
+        def normalize(x, params, states, *, activation, **_):
+            return remedies.normalize(remedy, activation, x, params, states, size, limits)
 
         def loss(params):
             logits, state = apply(params, carry.state, inputs, train=True, normalize=normalize)
@@ -125,10 +125,10 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
 
     @partial(compiled, static_argnums=0)
     def correct(remedy, params, states, pixels, labels):
-        def normalize(x, params, state, **options):
+        def normalize(x, params, state, *, activation, **options):
             if remedies.RUNNING[remedy]:
-                return jbn.batch_norm(x, params, state, **options)
-            return getattr(remedies, remedy)(x, params, state, config.batch, None)
+                return jbn.batch_norm(x, params, state, activation=activation, **options)
+            return remedies.normalize(remedy, activation, x, params, state, config.batch, None)
 
         logits, _ = apply(params, states, halved((pixels - mean) / std), train=False, normalize=normalize)
         return jnp.sum(jnp.argmax(logits, -1) == labels)

@@ -52,9 +52,10 @@ class Config:
     """Where training_step.json and training_step.png go."""
 
 
-def scale_and_bias(x, params, state, **options):
+def scale_and_bias(x, params, state, *, activation=None, **options):
     """What is left of batch normalization when nothing is measured."""
-    return x * params.scale.astype(x.dtype) + params.bias.astype(x.dtype), state
+    y = x * params.scale.astype(x.dtype) + params.bias.astype(x.dtype)
+    return y if activation is None else activation(y), state
 
 
 def plain(x, kernel, stride=1):

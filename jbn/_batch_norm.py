@@ -1,6 +1,6 @@
 """The everyday composition: normalize, and in training move the running statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax
@@ -30,8 +30,11 @@ def batch_norm(
     unbiased: bool = True,
     groups: int = 1,
     interleaved: bool = False,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Carried]:
     """Batch normalization: by the batch's statistics in training, by the running ones in evaluation.
+
+        y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias)
 
     In training this is `normalize_batch` about the running mean and then `update`: one pass over `x` to measure it, one
     message where it is pooled. In evaluation it is `normalize_running`, the state comes back as it was, and nothing is
@@ -65,12 +68,15 @@ def batch_norm(
         weights by what makes it unbiased, see `update`.
       groups: in training, cut axis 0 into so many virtual batches with statistics of their own; see `normalize_batch`.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
+      activation: a function of each element behind the normalization, such as `jax.nn.relu`, with which training costs
+        no more memory, and no more of its traffic, than without; see `normalize_batch`.
 
     Returns:
       `y` with the shape and dtype of `x`, and the new `State` or `Moments`.
 
     Raises:
-      TypeError: `train` is traced, `x` is not floating-point, or `params` or `state` is something else.
+      TypeError: `train` is traced, `x` is not floating-point, `params` or `state` is something else, or `activation` is
+        no function of elements.
       ValueError: a shape does not fit, a number is out of range, or training on a single value per feature.
       NameError: in training, `axis_name` is not bound.
       NotImplementedError: in training, JAX has no `axis_index_groups` here.
@@ -81,7 +87,7 @@ def batch_norm(
       >>> params, state = jbn.init(3)
       >>> x = jnp.arange(12.0).reshape(4, 3)
       >>> y, state = jbn.batch_norm(x, params, state, train=True)
-      >>> y, state = jbn.batch_norm(x, params, state, train=False)
+      >>> y, state = jbn.batch_norm(x, params, state, train=False, activation=jax.nn.relu)
       >>> state.mean.tolist()
       [4.5, 5.5, 6.5]
     """
@@ -96,9 +102,9 @@ def batch_norm(
         )
     held = held_by(state)
     if not train or (held and held.given):
-        y = normalize_running(x, params, cast(State, state), epsilon=epsilon, **options)
+        y = normalize_running(x, params, cast(State, state), epsilon=epsilon, activation=activation, **options)
         return y, advance(state, moments(x, **options, **pooling), unbiased=unbiased) if train else state
-    options |= pooling | {"epsilon": epsilon, "groups": groups, "interleaved": interleaved}
+    options |= pooling | {"epsilon": epsilon, "groups": groups, "interleaved": interleaved, "activation": activation}
     if held or isinstance(state, Moments):
         y, measured = normalize_batch(x, params, **options)
         return y, advance(state, measured, unbiased=unbiased)

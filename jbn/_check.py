@@ -155,6 +155,21 @@ def check_amount(amount, shape) -> None:
         raise ValueError(f"amount is {amount}; expected numbers in [0, 1].")
 
 
+def check_activation(activation, x) -> None:
+    """`activation` is `None`, or a function of each element of `x`, where its own error does not say more."""
+    if activation is None:
+        return
+    if not callable(activation):
+        raise TypeError(f"activation is {activation!r}; expected a function of each element, such as jax.nn.relu.")
+    given = jax.ShapeDtypeStruct(x.shape, statistics_dtype(x.dtype))
+    found = jax.eval_shape(activation, given)
+    if not hasattr(found, "shape") or (found.shape, found.dtype) != (given.shape, given.dtype):
+        raise TypeError(
+            f"activation makes {jax.tree.map(str, found)} of {given}; expected a function of each element, such as "
+            f"jax.nn.relu, which keeps shape and dtype."
+        )
+
+
 def check_train(train) -> None:
     """`train` is a Python bool."""
     if not isinstance(train, bool | np.bool_):

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
@@ -91,9 +92,14 @@ def _rule(axes, pool, x, weights, center) -> Moments:
 _moments = jax.jit(_rule, static_argnums=(0, 1))  # traced once for all batches of one shape
 
 
+def named_moments(*operands) -> Moments:
+    """What `_moments` gives, by a name for policies of `jax.checkpoint`."""
+    return checkpoint_name(_moments(*operands), "jbn.moments")
+
+
 @partial(_rule.defjvp, symbolic_zeros=True)
 def _moments_jvp(axes, pool, primals, tangents):
-    measured = _moments(axes, pool, *primals)
+    measured = named_moments(axes, pool, *primals)
     x, weights, _ = primals
     x_dot, weights_dot, _ = materialize(primals, tangents)
     tangent = remat(partial(measure_tangent, axes=axes, pool=pool))

@@ -1,6 +1,6 @@
 """Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -9,10 +9,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._affine import affine, affine_tangent, normalize_by_given, standardize
-from jbn._check import check_batch, check_epsilon, check_groups, check_more_than_one
+from jbn._check import check_activation, check_batch, check_epsilon, check_groups, check_more_than_one
 from jbn._fields import check_center, check_fields, features_of
 from jbn._layout import automatically, everywhere, layout_of
-from jbn._measure import materialize, measure, measure_tangent, remat, select, settled
+from jbn._measure import materialize, measure, measure_tangent, named_moments, remat, select, settled
 from jbn._measuring import held_by
 from jbn._merge import combine
 from jbn._pool import check_pool
@@ -31,18 +31,21 @@ def normalize_batch(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     groups: int = 1,
     interleaved: bool = False,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalize `x` by its own statistics.
 
-        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+        y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias)
 
     with mean and population variance as `moments` measures them. With xhat = (x - mean) / sqrt(var + epsilon) and means
-    over the pooled batch, the derivative is
+    over the pooled batch, and dy behind the activation, the derivative is
 
         dx = scale / sqrt(var + epsilon) * (dy - mean(dy) - xhat * mean(dy * xhat)),
         dscale = sum(dy * xhat),  dbias = sum(dy)
 
-    in reverse and forward mode and to any order. The backward pass keeps `x` in its own dtype and per-feature vectors.
+    in reverse and forward mode and to any order. The backward pass keeps `x` in its own dtype and per-feature vectors,
+    of which the measured ones have the `checkpoint_name` "jbn.moments": a policy of `jax.checkpoint` that saves them
+    has normalization and activation made again from `x`, and nothing measured or communicated again.
 
     Args:
       x: [...], float16, bfloat16, float32 or float64; reduced in float32 or wider.
@@ -56,12 +59,17 @@ def normalize_batch(
       groups: cut axis 0 into so many equal groups and normalize each by its own statistics, pooled over `axis_name`
         ("ghost" batch normalization, Hoffer, Hubara & Soudry 2017, algorithm 1). The moments are those of all groups.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
+      activation: a function of each element, such as `jax.nn.relu`, that `y` goes through before it is rounded to the
+        dtype of `x`. Its derivative is made again from `x`, so that the backward pass keeps nothing for it; for
+        `jax.nn.relu` it is fused, on CPU, GPU and TPU, with what uses it, and nothing more is written to memory than
+        without. (There its derivative multiplies: an infinite dy gives NaN where y is 0.) A function of nothing else,
+        and the same object in every call: for another one all is compiled anew.
 
     Returns:
       `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which are differentiable too.
 
     Raises:
-      TypeError: `x` is not floating-point, or `params` is not a `Params`.
+      TypeError: `x` is not floating-point, `params` is not a `Params`, or `activation` is no function of elements.
       ValueError: a shape does not fit, `epsilon` is negative, `groups` does not divide axis 0, or there is a single
         value per feature in all, or in each group.
       NameError, NotImplementedError: as in `moments`.
@@ -79,13 +87,14 @@ def normalize_batch(
     params = check_fields("params", params, Params, features)
     center = check_center(center, features, pool)
     check_epsilon(epsilon)
+    check_activation(activation, x)
     groups = check_groups(groups, x, axes)
     check_more_than_one(x, axes, pool, groups)
     operands = x, weights, center, params, jnp.asarray(epsilon, features.dtype)
     if groups == 1:
-        y, measured = normalize_by_batch(axes, pool, standardize, *operands)
+        y, measured = normalize_by_batch(axes, pool, standardize, activation, *operands)
     else:
-        y, measured = _in_groups(axes, pool, groups, interleaved, *operands)
+        y, measured = _in_groups(axes, pool, groups, interleaved, activation, *operands)
     return y, settled(measured)
 
 
@@ -97,14 +106,16 @@ def normalize_running(
     epsilon: float | jax.Array = 1e-5,
     feature_axis: int | Sequence[int] = -1,
     weights: ArrayLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Normalize `x` by given statistics, as in evaluation by the running ones. Nothing is communicated.
 
-        y = scale * (x - state.mean) / sqrt(state.var + epsilon) + bias
+        y = activation(scale * (x - state.mean) / sqrt(state.var + epsilon) + bias)
 
     The state is used as it stands, whatever its evidence: a fresh one has mean 0 and variance 1, and a feature whose
     last batch was far away (see `batch_norm`) the mean of that batch. A state is constant in differentiation; `Moments`
-    in its place, such as those of another batch, are differentiable in mean and variance, to any order:
+    in its place, such as those of another batch, are differentiable in mean and variance, to any order; without
+    an activation:
 
         dmean = -sum(dy * scale) / sqrt(var + epsilon),  dvar = -sum(dy * (y - bias)) / (2 (var + epsilon))
 
@@ -112,14 +123,15 @@ def normalize_running(
       x: [...], float16, bfloat16, float32 or float64.
       params: `Params` with fields of shape `[*features]`.
       state: `State` or `Moments` with fields of shape `[*features]`.
-      epsilon, feature_axis: as in `normalize_batch`.
+      epsilon, feature_axis, activation: as in `normalize_batch`.
       weights: as in `moments`; all they do here is to blank: where the weight is 0, the output and its gradient are 0.
 
     Returns:
       `y` with the shape and dtype of `x`.
 
     Raises:
-      TypeError: `x` is not floating-point, or `params` or `state` is something else.
+      TypeError: `x` is not floating-point, `params` or `state` is something else, or `activation` is no function of
+        elements.
       ValueError: a shape does not fit, or `epsilon` is negative.
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2.
@@ -136,27 +148,29 @@ def normalize_running(
     features = features_of(x, axes)
     params = check_fields("params", params, Params, features)
     check_epsilon(epsilon)
+    check_activation(activation, x)
     if isinstance(state, Moments):
         given = check_fields("state", state, Moments, features)
     else:
         mean, var, _ = lax.stop_gradient(check_fields("state", state, State, features))
         given = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean))
     given = jax.tree.map(lambda field: field.astype(features.dtype), given)
-    return normalize_by_given(axes, x, weights, standardize(given, params, jnp.asarray(epsilon, features.dtype)))
+    coefficients = standardize(given, params, jnp.asarray(epsilon, features.dtype))
+    return normalize_by_given(axes, activation, x, weights, coefficients)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _by_batch(axes, pool, coefficients, x, weights, center, *operands):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _by_batch(axes, pool, coefficients, activation, x, weights, center, *operands):
     """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
     measured = measure(x, weights, center, axes, pool)
-    return affine(x, weights, coefficients(measured, *operands), axes), measured
+    return affine(x, weights, coefficients(measured, *operands), axes, activation), measured
 
 
-normalize_by_batch = jax.jit(_by_batch, static_argnums=(0, 1, 2))  # traced once for all layers of one shape
+normalize_by_batch = jax.jit(_by_batch, static_argnums=(0, 1, 2, 3))  # traced once for all layers of one shape
 
 
 @partial(_by_batch.defjvp, symbolic_zeros=True)
-def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
+def _by_batch_jvp(axes, pool, coefficients, activation, primals, tangents):
     def tangent(primals, measured, tangents):
         x, weights, _, *operands = primals
         x_dot, weights_dot, _, *operands_dot = tangents
@@ -166,19 +180,24 @@ def _by_batch_jvp(axes, pool, coefficients, primals, tangents):
         affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
         if weights is None:  # for the sum of dy * (x - mean), in words of its own as in `measure`
             affine = affine._replace(mean=affine.mean + 0 * affine.mean_low)
-        return affine_tangent(x, weights, affine, affine_dot, x_dot, axes), measured_dot
+        return affine_tangent(x, weights, affine, affine_dot, x_dot, axes, activation), measured_dot
 
-    y, measured = normalize_by_batch(axes, pool, coefficients, *primals)
+    # In two steps, as a policy of `jax.checkpoint` does not see what is inside of a rule.
+    x, weights, center, *operands = primals
+    measured = named_moments(axes, pool, x, weights, center)
+    y = normalize_by_given(axes, activation, x, weights, coefficients(measured, *operands))
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _in_groups(axes, pool, groups: int, interleaved: bool, x, weights, *operands) -> tuple[jax.Array, Moments]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _in_groups(
+    axes, pool, groups: int, interleaved: bool, activation, x, weights, *operands
+) -> tuple[jax.Array, Moments]:
     """`normalize_by_batch` for every group of axis 0 on its own.
 
     Groups are contiguous parts; with `interleaved` row i belongs to group i mod groups. The moments are those of all.
     """
-    rule = partial(normalize_by_batch, axes, pool, standardize)
+    rule = partial(normalize_by_batch, axes, pool, standardize, activation)
     axis = 1 if interleaved else 0
 
     def cut(values):

@@ -1,6 +1,6 @@
 """Batch renormalization: batch normalization with another scale and bias, drawn from the running statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,15 @@ from jax.typing import ArrayLike
 
 from jbn._affine import Affine, standardize
 from jbn._batch_norm import batch_norm
-from jbn._check import check_batch, check_decay, check_epsilon, check_limit, check_more_than_one, check_train
+from jbn._check import (
+    check_activation,
+    check_batch,
+    check_decay,
+    check_epsilon,
+    check_limit,
+    check_more_than_one,
+    check_train,
+)
 from jbn._fields import check_center, check_fields, features_of
 from jbn._measure import settled
 from jbn._measuring import held_by
@@ -35,13 +43,14 @@ def batch_renorm(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     unbiased: bool = True,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, State]:
     """Batch renormalization: normalize a batch close to how evaluation will.
 
     With s = sqrt(var + epsilon) of the batch and s_run of the running statistics, and r and d without gradient,
 
         r = clip(s / s_run, r_min, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
-        y = scale * ((x - mean) / s * r + d) + bias
+        y = activation(scale * ((x - mean) / s * r + d) + bias)
 
     `r_max=1, d_max=0` is `batch_norm`; with both infinite y is what `normalize_running` gives, while
     gradients flow through the batch's statistics. A feature without evidence (weight 0) is not corrected. The batch is
@@ -49,8 +58,8 @@ def batch_renorm(
     Evaluation is that of `batch_norm`.
 
     Args:
-      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased: as in
-        `batch_norm`, but `state` is a `State`.
+      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased,
+        activation: as in `batch_norm`, but `state` is a `State`.
       r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
       r_min: in [0, 1], may be traced; 1 / r_max, as in the paper, where it is not given.
       d_max: at least 0; may be infinite or traced.
@@ -88,19 +97,21 @@ def batch_renorm(
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             unbiased=unbiased,
+            activation=activation,
         )
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
     params = check_fields("params", params, Params, features)
     running = check_fields("state", state, State, features)
     check_epsilon(epsilon)
+    check_activation(activation, x)
     check_more_than_one(x, axes, pool)
     dtype = features.dtype
     running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
     center = check_center(running.mean, features, pool)
     r_min = 1 / jnp.asarray(r_max, dtype) if r_min is None else r_min
     operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_min, r_max, d_max)), running
-    y, measured = normalize_by_batch(axes, pool, _corrected, x, weights, center, *operands)
+    y, measured = normalize_by_batch(axes, pool, _corrected, activation, x, weights, center, *operands)
     return y, advance(state, settled(measured), decay=decay, unbiased=unbiased, centered=True)
 
 

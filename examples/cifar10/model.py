@@ -64,16 +64,16 @@ def apply(
     """
     new_state = {}
 
-    def unit(x, name, stride=1):
+    def unit(x, name, stride=1, activation=jax.nn.relu):
         x = convolve(x, params[name]["kernel"].astype(x.dtype), stride)
-        norm = params[name]["norm"]
-        x, new_state[name] = normalize(x, norm, state[name], train=train, decay=decay, axis_name=axis_name)
+        options = {"train": train, "decay": decay, "axis_name": axis_name, "activation": activation}
+        x, new_state[name] = normalize(x, params[name]["norm"], state[name], **options)
         return x
 
-    x = jax.nn.relu(unit(images, "stem"))
+    x = unit(images, "stem")
     for name, inputs, outputs, stride in blocks(depth):
-        shortcut = x if inputs == outputs else unit(x, f"{name}/shortcut", stride)
-        x = jax.nn.relu(unit(x, f"{name}/conv1", stride))
-        x = jax.nn.relu(unit(x, f"{name}/conv2") + shortcut)
+        shortcut = x if inputs == outputs else unit(x, f"{name}/shortcut", stride, activation=None)
+        x = unit(x, f"{name}/conv1", stride)
+        x = jax.nn.relu(unit(x, f"{name}/conv2", activation=None) + shortcut)
     x = jnp.mean(x, (1, 2), dtype=jnp.float32)
     return x @ params["head"]["kernel"] + params["head"]["bias"], new_state

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(f"jax=={jax.__version__}" not in PINNED, reason=
 BATCH = 16
 
 
-def scale_and_bias(x, params, state, **options):
-    return x * params.scale + params.bias, state
+def scale_and_bias(x, params, state, *, activation=None, **options):
+    y = x * params.scale + params.bias
+    return y if activation is None else activation(y), state
 
 
 def compiled(normalize):
