@@ -161,11 +161,12 @@ def check_activation(activation, x) -> None:
         return
     if not callable(activation):
         raise TypeError(f"activation is {activation!r}; expected a function of each element, such as jax.nn.relu.")
-    given = jax.ShapeDtypeStruct(x.shape, statistics_dtype(x.dtype))
-    found = jax.eval_shape(activation, given)
-    if not hasattr(found, "shape") or (found.shape, found.dtype) != (given.shape, given.dtype):
+    dtype = statistics_dtype(x.dtype)
+    found = jax.eval_shape(activation, jax.ShapeDtypeStruct(x.shape, dtype))
+    if not isinstance(found, jax.ShapeDtypeStruct) or (found.shape, found.dtype) != (x.shape, dtype):
+        shown = f"{found.dtype}{list(found.shape)}" if hasattr(found, "shape") else f"a {type(found).__name__}"
         raise TypeError(
-            f"activation makes {jax.tree.map(str, found)} of {given}; expected a function of each element, such as "
+            f"activation makes {shown} of {dtype}{list(x.shape)}; expected a function of each element, such as "
             f"jax.nn.relu, which keeps shape and dtype."
         )
 

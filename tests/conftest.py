@@ -18,6 +18,12 @@ def _strict(request):
 
 
 @pytest.fixture
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def compilations():
     """What is traced or compiled from here on: a list that grows."""
     found = []

@@ -19,14 +19,14 @@ SHAPE = (64, 8, 8, 16)
 BYTES = 4 * np.prod(SHAPE)
 
 
-def one(after, train=True):
+def one(after, train=True, activation=None):
     """The compiled program of one normalization, and of what comes `after` it, forward and, in training, backward."""
     x = dy = jnp.ones(SHAPE)
     params, state = jbn.init(SHAPE[-1])
 
     def step(x, dy, params, state):  # the state as an argument: a center that is known to be 0 is no center
         def forward(x, params):
-            y, new = jbn.batch_norm(x, params, state, train=train)
+            y, new = jbn.batch_norm(x, params, state, train=train, activation=activation)
             return after(y, x), new
 
         if not train:
@@ -38,18 +38,21 @@ def one(after, train=True):
 
 
 # Arrays of the size of x that are read or written. Training: x for each of the two sums; x and y; dy for its sum; dy
-# and x for the other; dy, x and dx. With relu, dy is masked first, by what x says: x, dy, and the masked dy.
+# and x for the other; dy, x and dx. With relu inside, the sum of dy needs x too; with relu behind, dy is masked first,
+# by what x says: x, dy, and the masked dy.
 PASSES = {
-    "training": (lambda y, x: y, True, 10),
-    "training and relu": (lambda y, x: jax.nn.relu(y), True, 13),
-    "training, residual and relu": (lambda y, x: jax.nn.relu(y + x), True, 13),
-    "evaluation": (lambda y, x: y, False, 2),
-    "evaluation, residual and relu": (lambda y, x: jax.nn.relu(y + x), False, 2),
+    "training": (lambda y, x: y, True, None, 10),
+    "training, relu inside": (lambda y, x: y, True, jax.nn.relu, 11),
+    "training and relu": (lambda y, x: jax.nn.relu(y), True, None, 13),
+    "training, residual and relu": (lambda y, x: jax.nn.relu(y + x), True, None, 13),
+    "evaluation": (lambda y, x: y, False, None, 2),
+    "evaluation, relu inside": (lambda y, x: y, False, jax.nn.relu, 2),
+    "evaluation, residual and relu": (lambda y, x: jax.nn.relu(y + x), False, None, 2),
 }
 
 
-@pytest.mark.parametrize(("after", "train", "passes"), PASSES.values(), ids=PASSES)
-def test_passes_over_x(after, train, passes):
-    compiled = one(after, train)
+@pytest.mark.parametrize(("after", "train", "activation", "passes"), PASSES.values(), ids=PASSES)
+def test_passes_over_x(after, train, activation, passes):
+    compiled = one(after, train, activation)
     assert round(hlo.traffic(compiled.as_text())[hlo.ONCE] / BYTES, 1) == passes
     assert compiled.memory_analysis().temp_size_in_bytes < (0.1 if passes < 13 else 1.1) * BYTES

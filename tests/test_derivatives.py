@@ -21,12 +21,6 @@ MASK = np.array([True, True, False, True, True, True])
 WEIGHTS = {"plain": None, "mask": MASK, "real": np.array([0.5, 2.0, 0.0, 1.0, 3.0, 0.25])}
 
 
-@pytest.fixture
-def _x64():
-    with jax.enable_x64(True):
-        yield
-
-
 float64 = pytest.mark.usefixtures("_x64")
 weighted = pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 

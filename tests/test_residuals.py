@@ -18,6 +18,9 @@ FUNCTIONS = {
     "normalize_batch": lambda x, params, state, **options: jbn.normalize_batch(x, params, **options)[0],
     "normalize_running": jbn.normalize_running,
     "batch_norm": lambda *args, **options: jbn.batch_norm(*args, train=True, **options),
+    "relu": lambda *args, **options: jbn.batch_norm(*args, train=True, activation=jax.nn.relu, **options),
+    "silu": lambda *args, **options: jbn.batch_norm(*args, train=True, activation=jax.nn.silu, **options),
+    "relu, evaluation": partial(jbn.normalize_running, activation=jax.nn.relu),
 }
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 

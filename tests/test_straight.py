@@ -48,8 +48,8 @@ def ensemble(x, dy, params, state):
     return jax.vmap(training)(*jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (x, dy, params, state)))
 
 
-def in_shard_map(x, dy, params, state, check_vma, **manual):
-    local = partial(training, axis_name="i")
+def in_shard_map(x, dy, params, state, check_vma, activation=None, **manual):
+    local = partial(training, axis_name="i", activation=activation)
     if not check_vma:
         # Each device has its own share of the gradients of params.
         whole = local
@@ -76,6 +76,9 @@ FORMS = {
     "real weights": partial(training, weights=MASK * np.float32(0.3)),
     "bfloat16": bfloat16,
     "groups": partial(training, groups=4),
+    "relu": partial(training, activation=jax.nn.relu),
+    "masked relu": partial(training, weights=MASK, activation=jax.nn.relu),
+    "relu in shard_map": partial(in_shard_map, check_vma=True, activation=jax.nn.relu),
     "channels first": channels_first,
     "ensemble": ensemble,
     "shard_map": partial(in_shard_map, check_vma=True),

@@ -1,0 +1,255 @@
+"""An activation inside of batch norm is one behind it, in value and in every derivative, for less memory."""
+
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ways
+from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose, assert_array_equal
+from test_derivatives import MASK, WEIGHTS, arguments, assert_close, float64, jit, weigh
+from test_straight import PLATFORMS, lowered_for
+
+import jbn
+
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
+SHAPE = (16, 4, 3)
+PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
+STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
+
+
+def by_batch(x, params, **options):
+    return jbn.normalize_batch(x, params, **options)[0]
+
+
+def by_running(x, params, **options):
+    return jbn.normalize_running(x, params, jax.tree.map(lambda field: field.astype(x.dtype), STATE), **options)
+
+
+def by_batch_norm(x, params, train=True, **options):
+    return jbn.batch_norm(x, params, STATE, train=train, **options)[0]
+
+
+FUNCTIONS = {
+    "normalize_batch": by_batch,
+    "in groups": partial(by_batch, groups=2),
+    "about a center": partial(by_batch, center=1.0),
+    "normalize_running": by_running,
+    "batch_norm": by_batch_norm,
+    "batch_norm, evaluation": partial(by_batch_norm, train=False),
+    "batch_renorm": lambda x, params, **options: jbn.batch_renorm(x, params, STATE, train=True, **options)[0],
+}
+
+
+def behind(f, activation, weights=None):
+    """`f` with the activation behind it, as one writes it without the argument."""
+
+    def composed(x, params, **options):
+        y = activation(f(x, params, weights=weights, **options))
+        return y if weights is None else jnp.where(jnp.asarray(weights)[..., None].astype(bool), y, jnp.zeros_like(y))
+
+    return composed
+
+
+CASES = [
+    *product(["normalize_batch"], ACTIVATIONS, WEIGHTS),
+    *product(list(FUNCTIONS)[1:], ["relu"], ["mask"]),
+    *product(list(FUNCTIONS)[1:], ["silu"], ["plain"]),
+]
+
+
+@float64
+@pytest.mark.parametrize(("function", "activation", "weights"), CASES)
+def test_value_and_every_derivative(function, activation, weights):
+    """Forward, reverse, and one over the other: each of the second order too."""
+    activation, weights = ACTIVATIONS[activation], WEIGHTS[weights]
+    x, scale, bias, _ = arguments()
+    inside = partial(FUNCTIONS[function], activation=activation, weights=weights)
+    composed = behind(FUNCTIONS[function], activation, weights)
+
+    def everything(f):
+        def loss(x, params):
+            return weigh(f(x, params))
+
+        def all_of(x, params):
+            along = jax.tree.map(jnp.cos, (x, params))
+            gradient = jax.grad(loss, (0, 1))
+            return (
+                jax.jvp(f, (x, params), along),
+                gradient(x, params),
+                jax.jvp(gradient, (x, params), along),
+                jax.grad(lambda *args: jax.jvp(loss, args, along)[1], (0, 1))(x, params),
+                jax.grad(lambda *args: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(*args), along)))))(x, params),
+            )
+
+        return jit(all_of)(x, jbn.Params(scale, bias))
+
+    assert_close(everything(inside), everything(composed))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_relu_as_lowered_for_every_platform(platform, masked, dtype):
+    """The same numbers as behind it, in every dtype, where the output is not 0 to rounding."""
+    x, mask, dy = ways.batch(dtype=dtype, masked=masked)
+    mask = None if mask is None else mask[..., 0]
+
+    def both(x, dy):
+        found = []
+        for f in (partial(by_batch, activation=jax.nn.relu, weights=mask), behind(by_batch, jax.nn.relu, mask)):
+            y, pullback = jax.vjp(f, x, PARAMS)
+            found.append((y, *pullback(dy)))
+        return found
+
+    inside, composed = lowered_for(platform, both, jnp.asarray(x), jnp.asarray(dy))(x, dy)
+    assert_array_equal(inside[0], composed[0])
+    tolerance = 1e-5 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    for got, wanted in zip(*map(jax.tree.leaves, (inside[1:], composed[1:])), strict=True):
+        assert_allclose(np.float64(got), np.float64(wanted), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "vmap",
+        "pmap",
+        "shard_map",
+        "shard_map unchecked",
+        "scan in shard_map",
+        "vmap of shard_map",
+        "automatic, features",
+        "explicit, features",
+        "explicit, features in shard_map",
+        "explicit, partly manual",
+        "vmap of explicit, rows",
+    ],
+)
+def test_the_split_batch_is_the_whole(way):
+    """Masked, so that shards differ, against the float64 reference with dy masked where y is not positive."""
+    x, mask, dy = batch = ways.batch(masked=True)
+    ((y, *_),) = ways.expected([batch], ways.PARAMS, STATE)
+    ((_, *rest),) = ways.expected([(x, mask, np.where(y > 0, dy, 0))], ways.PARAMS, STATE)
+    wanted = np.maximum(y, 0), *rest
+    normalize = partial(jbn.batch_norm, activation=jax.nn.relu)
+    if way in ways.SCANS:
+        operands = jax.tree.map(lambda a: a[None], batch)
+        got = jax.tree.map(lambda a: a[0], ways.runner(way, normalize)(operands, ways.PARAMS, STATE))
+    else:
+        got = ways.runner(way, normalize)(*batch, ways.PARAMS, STATE)
+    assert not ways.too_far(ways.differences(got, wanted))
+
+
+def test_a_unit_that_is_off_has_no_gradient():
+    """As relu has none at 0: a scale of 0, as at the start of a residual branch, and a bias that is not positive."""
+    params = jbn.Params(jnp.zeros(3), jnp.asarray([0.0, -1.0, 1.0]))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+    gradients = jax.grad(lambda x, params: jnp.sum(by_batch(x, params, activation=jax.nn.relu)), (0, 1))(x, params)
+    assert_array_equal(gradients[1].bias, [0, 0, SHAPE[0] * SHAPE[1]])
+    assert not np.any(gradients[0])
+
+
+def test_what_is_masked_is_never_computed_with():
+    x = jnp.where(MASK[:, None], arguments(dtype=np.float32)[0], jnp.nan)
+    for activation in (*ACTIVATIONS.values(), jax.nn.sigmoid):  # which is not 0 at 0
+        f = partial(by_batch, activation=activation, weights=MASK)
+        with jax.debug_nans(True):
+            y, pullback = jax.vjp(f, x, PARAMS)
+            dx, dparams = pullback(jnp.ones_like(y))
+        assert not np.any(y[~MASK]) and not np.any(dx[~MASK])
+        assert all(np.isfinite(leaf).all() for leaf in (y, dx, *dparams))
+
+
+def test_a_feature_that_is_broken_leaves_the_others():
+    x, dy = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    broken = x.copy()
+    broken[3, 1, 0] = np.nan
+    f = jax.jit(lambda x: jax.vjp(partial(by_batch, activation=jax.nn.relu), x, PARAMS)[1](dy))
+    got, wanted = f(broken), f(x)
+    assert_allclose(got[0][..., 1:], wanted[0][..., 1:], rtol=1e-5, atol=1e-5)
+    assert_allclose(got[1].bias[1:], wanted[1].bias[1:], rtol=1e-5)
+
+
+def segment(x, params, state, activation=jax.nn.relu):
+    """What lies between two arrays that are kept."""
+    y, after = jbn.batch_norm(x, params, state, train=True, axis_name="i", activation=activation)
+    return jnp.sum(jnp.sin(y)), after
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_policy_that_keeps_the_moments_measures_once(check_vma):
+    """Forward one message and backward one: with nothing kept, the forward one is sent again."""
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+    names = jax.checkpoint_policies.save_only_these_names
+
+    def program(wrap):
+        def local(x, params, state):
+            (_, after), gradients = jax.value_and_grad(wrap(segment), (0, 1), has_aux=True)(x, params, state)
+            return after, gradients[0], gradients[1] if check_vma else jax.lax.psum(gradients[1], "i")
+
+        specs = {"in_specs": (P("i"), P(), P()), "out_specs": (P(), P("i"), P())}
+        return jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs)
+
+    def messages(f):
+        text = str(jax.make_jaxpr(f)(x, PARAMS, STATE))
+        return sum(text.count(f"= {name}[") for name in ("psum", "psum_invariant", "psum2"))
+
+    plain = program(lambda f: f)
+    kept = program(partial(jax.checkpoint, policy=names("jbn.moments")))
+    again = program(partial(jax.checkpoint, policy=names()))
+    assert messages(kept) == messages(plain) == messages(again) - 1
+    wanted = jax.jit(plain)(x, PARAMS, STATE)
+    for got in (kept, again):
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-5), jax.jit(got)(x, PARAMS, STATE), wanted)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS.values()])
+def test_a_policy_that_keeps_the_moments_keeps_x_and_them(activation):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+
+    def loss(x, params):
+        y, _ = jbn.batch_norm(x, params, STATE, train=True, activation=activation)
+        return jnp.sum(y**2)  # whose derivative wants y, which is made again
+
+    policy = jax.checkpoint_policies.save_only_these_names("jbn.moments")
+    wrapped = jax.checkpoint(loss, policy=policy)
+    kept = jax.eval_shape(lambda *args: jax.tree.leaves(jax.vjp(wrapped, *args)[1]), x, PARAMS)
+    assert sum(leaf.shape == SHAPE for leaf in kept) == 1
+    assert {leaf.shape for leaf in kept} <= {SHAPE, SHAPE[-1:], ()}
+    assert_close(*(jax.jit(jax.grad(f, (0, 1)))(x, PARAMS) for f in (wrapped, loss)), rtol=1e-5)
+
+
+def test_recalibration_goes_through_it():
+    """The second layer is measured behind the activation of the first."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
+    kernel = jnp.asarray(np.random.default_rng(1).standard_normal((3, 3)), jnp.float32)
+
+    def network(inside):
+        def apply(params, states, x):
+            first, second = states
+            y, first = jbn.batch_norm(x, params, first, train=True, activation=jax.nn.relu if inside else None)
+            y = y if inside else jax.nn.relu(y)
+            y, second = jbn.batch_norm(y @ kernel, params, second, train=True)
+            return y, (first, second)
+
+        return jbn.recalibrate(apply, PARAMS, (STATE, STATE), [x[:32], x[32:]])
+
+    assert_close(network(True), network(False), rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS])
+@pytest.mark.parametrize("wrong", ["relu", 1.0, jnp.ones(3)], ids=["name", "number", "array"])
+def test_what_is_no_function(function, wrong):
+    with pytest.raises(TypeError, match=r"activation is .*; expected a function of each element, such as jax.nn.relu"):
+        FUNCTIONS[function](jnp.ones(SHAPE), PARAMS, activation=wrong)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS])
+@pytest.mark.parametrize("wrong", [jnp.sum, lambda y: (y, y), lambda y: y > 0, lambda y: None])
+def test_what_is_no_function_of_elements(function, wrong):
+    with pytest.raises(TypeError, match=r"activation makes .* of float32\[16, 4, 3\]; expected a function of each"):
+        FUNCTIONS[function](jnp.ones(SHAPE), PARAMS, activation=wrong)
