@@ -44,7 +44,7 @@ def prepare(layer, x, mask) -> Call:
 
 def normalize(layer, call: Call, params: Params, state: State, *, train: bool) -> tuple[jax.Array, State]:
     """`batch_norm` with what Flax's attributes mean to it."""
-    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon}
+    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon, "activation": layer.activation}
     y, state = batch_norm(call.x, params, state, train=train, unbiased=False, **options)
     return y.astype(call.dtype), state
 

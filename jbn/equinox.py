@@ -1,6 +1,6 @@
 """Equinox: `eqx.nn.BatchNorm` by jbn, with the same signature and a `jbn.State` in the `eqx.nn.State`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
       inference: normalize by the running statistics and leave them; toggled by `eqx.nn.inference_mode`.
       dtype: of `weight` and `bias`; by default float32, and float64 in JAX's 64-bit mode.
       mode: "batch", so that calls of `eqx.nn.BatchNorm` with it stand as they are.
+      activation: a function of each element behind the normalization, such as `jax.nn.relu`, for less memory and
+        traffic than by itself, see `jbn.batch_norm`.
 
     Raises:
       ValueError: `input_size`, `momentum` or `mode` is out of range.
@@ -64,6 +66,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     eps: float = eqx.field(static=True)
     channelwise_affine: bool = eqx.field(static=True)
     momentum: float = eqx.field(static=True)
+    activation: Callable[[jax.Array], jax.Array] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         inference: bool = False,
         dtype: DTypeLike | None = None,
         mode: str = "batch",
+        activation: Callable[[jax.Array], jax.Array] | None = None,
     ):
         if mode != "batch":
             raise ValueError(
@@ -93,6 +97,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.eps = eps
         self.channelwise_affine = channelwise_affine
         self.momentum = momentum
+        self.activation = activation
 
     def __call__(
         self,
@@ -134,5 +139,6 @@ class BatchNorm(eqx.nn.StatefulLayer):
             weights=weights,
             axis_name=self.axis_name,
             unbiased=False,
+            activation=self.activation,
         )
         return y, state.set(self.state_index, new) if train else state

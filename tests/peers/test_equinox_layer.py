@@ -94,6 +94,23 @@ def close(got, expected, tolerance=1e-4):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, expected)
 
 
+def test_an_activation_inside():
+    """As one behind it, in training and in inference."""
+
+    def one(inside, x, inference):
+        layer, state = eqx.nn.make_with_state(BatchNorm)(IN, "batch", activation=jax.nn.relu if inside else None)
+
+        def loss(x):
+            y, after = over_batch(eqx.nn.inference_mode(layer, inference), state, x)
+            y = y if inside else jax.nn.relu(y)
+            return jnp.sum(jnp.sin(y)), (y, after.get(layer.state_index))
+
+        return jax.value_and_grad(loss, has_aux=True)(x)
+
+    for inference in (False, True):
+        close(one(True, FAR[0], inference), one(False, FAR[0], inference), 1e-5)
+
+
 def test_ten_steps_are_those_of_equinox_and_its_hidden_averages_debiased():
     for step, (ours, theirs) in enumerate(zip(train(BatchNorm), train(IN_MODE["batch"]), strict=True), 1):
         (y, gradients, model, state), (their_y, their_gradients, their_model, their_state) = ours, theirs

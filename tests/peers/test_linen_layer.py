@@ -104,6 +104,15 @@ def test_ten_steps_are_the_same():
     assert abs(evaluate(OURS, ours[0]) - evaluate(OURS, start(OURS))).max() > 0.1  # there was something to compare
 
 
+def test_an_activation_inside():
+    """A second relu behind the first changes nothing."""
+    inside = partial(OURS, activation=nn.relu)
+    for ours, theirs in zip(train(inside, start(OURS), range(3)), train(THEIRS, start(THEIRS), range(3)), strict=True):
+        assert_same(ours, theirs)
+    assert_same(evaluate(inside, ours[0]), evaluate(THEIRS, theirs[0]))
+    assert single(OURS, activation=jnp.tanh)[0].max() < 1
+
+
 @pytest.mark.parametrize(("writer", "reader"), [(OURS, THEIRS), (THEIRS, OURS)])
 def test_a_checkpoint_of_either_goes_on_in_the_other(writer, reader):
     written = last(writer, start(writer), range(3))

@@ -87,7 +87,7 @@ def test_variables_are_the_same():
         assert_same(*pair, rtol=0, atol=0)
         assert [leaf.dtype for leaf in jax.tree.leaves(pair[0])] == [leaf.dtype for leaf in jax.tree.leaves(pair[1])]
     attributes = [set(vars(norm(3, rngs=nnx.Rngs(1)))) for norm in (OURS, THEIRS)]
-    assert attributes[0] - attributes[1] == {"weight"}
+    assert attributes[0] - attributes[1] == {"weight", "activation"}
     assert attributes[1] <= attributes[0]
 
 
@@ -99,6 +99,15 @@ def test_ten_steps_are_the_same(graph):
     assert_same(values(ours), values(theirs))
     assert_same(evaluate(ours), evaluate(theirs))
     assert abs(evaluate(ours) - before).max() > 0.1  # there was something to compare
+
+
+def test_an_activation_inside():
+    """A second relu behind the first changes nothing."""
+    ours, theirs = Network(partial(OURS, activation=nnx.relu)), Network(THEIRS)
+    assert_allclose(train(ours, range(3)), train(theirs, range(3)), **CLOSE)
+    assert_same(values(ours), values(theirs))
+    assert_same(evaluate(ours), evaluate(theirs))
+    assert single(OURS, activation=jnp.tanh)[0].max() < 1
 
 
 @pytest.mark.parametrize(("writer", "reader"), [(OURS, THEIRS), (THEIRS, OURS)])
