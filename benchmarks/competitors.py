@@ -3,7 +3,8 @@
     normalize(x, scale, bias, mean, var, mask) -> y, mean, var
 
 for x with its features on `axis`, the last or 1; mean and var [features] are the running ones, moved by a tenth towards
-the batch's in training. mask is None or as x with one feature, for those in MASKED. Epsilon is 1e-5.
+the batch's in training. mask is None or as x with one feature, for those in MASKED. Those in WITH_ACTIVATION can have one, too.
+Epsilon is 1e-5.
 """
 
 import os
@@ -19,13 +20,12 @@ import jbn
 DECAY, EPSILON = 0.9, 1e-5
 
 
-def with_jbn(features: int, axis: int, train: bool) -> Callable:
+def with_jbn(features: int, axis: int, train: bool, activation: Callable | None = None) -> Callable:
     def normalize(x, scale, bias, mean, var, mask=None):
         state = jbn.State(mean, var, jnp.ones((), mean.dtype))
         params = jbn.Params(scale, bias)
-        y, state = jbn.batch_norm(
-            x, params, state, train=train, decay=DECAY, feature_axis=axis, unbiased=False, weights=mask
-        )
+        options = {"feature_axis": axis, "weights": mask, "activation": activation}
+        y, state = jbn.batch_norm(x, params, state, train=train, decay=DECAY, unbiased=False, **options)
         return y, state.mean, state.var
 
     return normalize
@@ -130,3 +130,4 @@ JAX_PEERS = {
     "keras": with_keras,
 }
 MASKED = ("jbn", "flax linen", "flax nnx")
+WITH_ACTIVATION = ("jbn",)

@@ -62,7 +62,9 @@ console = Console(highlight=False)
 @dataclasses.dataclass(frozen=True)
 class Config:
     what: Literal["training", "relu", "residual", "masked", "forward", "evaluation"] = "training"
-    """Forward and backward: alone, followed by relu, by adding x and relu, or with a mask. Or forward only."""
+    """Forward and backward: alone, followed by relu, by adding x and relu, or with a mask. Or forward only.
+
+    A relu is inside of the normalization where that takes one."""
     rounds: int = 15
     """How often each is timed; medians are reported."""
     chain: int = 8
@@ -203,8 +205,9 @@ def prepare(config, shape, peers) -> dict:
                 assert np.mean(~np.isclose(value, np.float32(expected[3]), rtol=tolerance, atol=tolerance)) <= stray
             ways["alone"][name] = run
             continue
-        normalize = competitors.JAX_PEERS[name](features, config.axis, config.what != "evaluation")
-        step = partial(step_of, config.what, normalize, mask)
+        inside = {"activation": jax.nn.relu} if config.what == "relu" and name in competitors.WITH_ACTIVATION else {}
+        normalize = competitors.JAX_PEERS[name](features, config.axis, config.what != "evaluation", **inside)
+        step = partial(step_of, "training" if inside else config.what, normalize, mask)
         compiled, chain = jax.jit(step), jax.jit(partial(chained, step, config.chain))
         outputs = compiled(x, dy, *rest)
         expected = expected or outputs
