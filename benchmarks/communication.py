@@ -2,6 +2,7 @@
 
     pip install . 'jax[cuda12,tpu]' flax optax rich tyro    the compilers; they need neither GPU nor TPU
     python benchmarks/communication.py                      1 to 3 minutes a row for TPU, 1 to 20 s otherwise
+    python benchmarks/communication.py --networks example   the steps of examples/cifar10 alone
     python benchmarks/communication.py --markdown
 
 What has been compiled is kept in docs/communication.json and not compiled again.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import example
 import hlo
 import jax
 import numpy as np
@@ -34,9 +36,10 @@ from rich.table import Table
 H100 = Path(__file__).with_name("h100.textproto")  # XLA's description of the chip
 GPUS = ("h100:1", "h100:8")
 # Chips, and what libtpu calls them all together: for v5p it counts cores, two a chip.
-TPUS = {"v5e:4x4": "v5litepod-16", "v5p:8x8x8": "v5p-1024"}
+TPUS = {"v5e:2x4": "v5litepod-8", "v5e:4x4": "v5litepod-16", "v5p:8x8x8": "v5p-1024"}
 COMPILERS = dict.fromkeys(GPUS, "jax-cuda12-pjrt") | dict.fromkeys(TPUS, "libtpu")
 TARGETS = ("cpu:8", *COMPILERS)
+LARGE = ("cpu:8", *GPUS, "v5e:4x4", "v5p:8x8x8")
 MODES = ("jit", "shard_map")
 NORMS = tuple(resnet50.NORMS)
 console = Console(highlight=False, width=160)
@@ -44,16 +47,31 @@ console = Console(highlight=False, width=160)
 
 class Network(NamedTuple):
     program: Any  # with `init`, `make_step` and `inputs`
-    batch: int  # images a device
+    batch: int  # images
+    of: str  # "a device", or "in all"
     size: int  # their height and width
     unit: int  # bytes in which traffic of the main memory is told
     unit_name: str
+    modes: tuple[str, ...] = MODES
+    targets: tuple[str, ...] = LARGE
+    others: int = 1  # numbers that a step adds up over the devices besides gradients and its norms': the loss
 
 
 ACTIVATIONS = six_layers.LAYERS * 64 * 56 * 56 * six_layers.WIDTH * 2  # bytes: one of each layer, in bfloat16
 NETWORKS = {
-    "six layers": Network(six_layers, 64, 56, ACTIVATIONS, "activations a layer"),
-    "ResNet-50": Network(resnet50, 32, 224, 10**9, "GB"),
+    "six layers": Network(six_layers, 64, "a device", 56, ACTIVATIONS, "activations a layer"),
+    "ResNet-50": Network(resnet50, 32, "a device", 224, 10**9, "GB"),
+    "example": Network(
+        example,
+        example.CONFIG.batch,
+        "in all",
+        32,
+        10**9,
+        "GB",
+        modes=("shard_map",),
+        targets=(*GPUS, "v5e:2x4"),
+        others=3 + example.CONFIG.batch * (32 * 32 * 3 + 1),  # and how many are correct, of how many; and the images
+    ),
 }
 
 
@@ -86,11 +104,11 @@ def device_count(target: str) -> int:
     return math.prod(int(size) for size in target.partition(":")[2].split("x"))
 
 
-def besides_norms(init: Callable) -> int:
-    """How many numbers a step adds up over the devices that are none of its norms': gradients, and the loss."""
+def besides_norms(init: Callable, others: int = 1) -> int:
+    """How many numbers a step adds up over the devices that are none of its norms': gradients, and `others`."""
     without = resnet50.Norm(lambda features: ((), ()), lambda *operands: None)
     params, _ = jax.eval_shape(lambda: init(jax.random.key(0), without))
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) + 1
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) + others
 
 
 def count(text: str, devices: int, besides: int) -> dict[str, Any]:
@@ -126,8 +144,9 @@ def measure(target: str, network: Network, mode: str, norm: str) -> tuple[str, d
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return text, {
         "devices": mesh.size,
-        **count(text, mesh.size, besides_norms(program.init)),
+        **count(text, mesh.size, besides_norms(program.init, network.others)),
         "bytes_accessed": cost["bytes accessed"] if cost else None,  # the compiler for GPU does not tell
+        "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": arguments + memory.temp_size_in_bytes,
         "compile_seconds": round(seconds, 1),
     }
@@ -138,9 +157,11 @@ def measure_target(target: str, config: Config) -> None:
     packages = ("jax", "jaxlib", "flax", *([COMPILERS[target]] if target in COMPILERS else []))
     versions = {name: found for name in packages if (found := version(name))}
     for name, mode, norm in itertools.product(config.networks, config.modes, config.norms):
-        if mode == "shard_map" and device_count(target) == 1:
+        network = NETWORKS[name]
+        modes = network.modes[:1] if device_count(target) == 1 else network.modes
+        if target not in network.targets or mode not in modes:
             continue
-        key, network, steps = f"{target} {name} {mode} {norm}", NETWORKS[name], load(config)
+        key, steps = f"{target} {name} {mode} {norm}", load(config)
         setting = {"batch": network.batch, "size": network.size, "versions": versions}
         if setting != {field: steps.get(key, {}).get(field) for field in setting}:
             text, counts = measure(target, network, mode, norm)
@@ -180,7 +201,7 @@ def table(name: str, targets: tuple[str, ...], steps: dict[str, dict]) -> Table:
         if step := steps.get(" ".join(key)):
             found.add_row(key[0], *key[2:], *(column(step) for column in columns.values()))
             versions |= step["versions"]
-    images = f"{network.batch} images of {network.size} x {network.size} a device"
+    images = f"{network.batch} images of {network.size} x {network.size} {network.of}"
     found.title = ", ".join([name, images, *(" ".join(pair) for pair in versions.items())])
     return found
 
@@ -199,6 +220,7 @@ def columns_of(network: Network) -> dict[str, Callable[[dict], str]]:
         "branches": lambda step: f"{step['branches']}",
         f"accessed, {network.unit_name}": memory("bytes_accessed"),
         f"main memory, {network.unit_name}": memory("main_memory_bytes"),
+        "temporary, MB": lambda step: f"{step['temporary_bytes'] / 1e6:.0f}" if "temporary_bytes" in step else "",
         "peak, MB": lambda step: f"{step['peak_bytes'] / 1e6:.0f}",
         "compile, s": lambda step: f"{step['compile_seconds']:.3g}",
     }

@@ -21,7 +21,7 @@ class ResNet(nn.Module):
                 not train, momentum=self.decay, dtype=x.dtype, axis_name=self.axis_name, name=flat(name, "norm")
             )(x)
 
-        x = nn.relu(unit(images, "stem", model.WIDTHS[0], 3))
+        x = nn.relu(unit(images, "stem", 16, 3))
         for name, inputs, outputs, stride in model.blocks(self.depth):
             shortcut = x if inputs == outputs else unit(x, f"{name}/shortcut", outputs, 1, stride)
             x = nn.relu(unit(x, f"{name}/conv1", outputs, 3, stride))

@@ -74,18 +74,17 @@ def accuracy(name, dataset, config, seed) -> float:
     """Test accuracy after `config.epochs`."""
     train, evaluate, (carry, totals, key), mesh = prepare(name, dataset, config, seed)
     count = len(dataset.train_labels)
+    train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
+    test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
     for epoch in range(config.epochs):
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), count))
-        for rows in order[: count // config.batch * config.batch].reshape(-1, config.batch):
-            batch = steps.place(dataset.train_images, dataset.train_labels, rows, mesh)
-            carry, totals = train(carry, totals, batch, key)
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+        for _ in range(count // config.batch):
+            carry, totals = train(carry, totals, train_set, order, key, 1)
             float(totals.loss)
     totals = jax.tree.map(jnp.zeros_like, totals)
     count = len(dataset.test_labels)
     for start in range(0, count, config.batch):
-        rows = np.minimum(start + np.arange(config.batch), count - 1)
-        batch = steps.place(dataset.test_images, dataset.test_labels, rows, mesh)
-        totals = evaluate(carry, totals, batch, count - start)
+        totals = evaluate(carry, totals, test_set, start, count)
     return totals.means("test")["test_accuracy"]
 
 

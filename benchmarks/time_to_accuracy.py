@@ -23,7 +23,7 @@ class Config:
     data: Path
     """Folder with CIFAR-10 in the official binary layout."""
     target: float = 0.94
-    arguments: tuple[str, ...] = ("--depth", "56", "--epochs", "100", "--dtype", "bfloat16")
+    arguments: tuple[str, ...] = ("--preset", "accelerator")
     """What else the example is given."""
 
 

@@ -135,8 +135,8 @@ def torch_step(config, images, labels, compiled):
             return functional.relu(self.body(x) + self.shortcut(x))
 
     blocks = [Block(*widths_and_stride) for _, *widths_and_stride in model.blocks(config.depth)]
-    body = nn.Sequential(unit(3, model.WIDTHS[0], 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network = nn.Sequential(body, nn.Linear(model.WIDTHS[-1], 10)).to(device)
+    body = nn.Sequential(unit(3, 16, 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(body, nn.Linear(64, 10)).to(device)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2).to(device)

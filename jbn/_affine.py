@@ -53,7 +53,8 @@ def _relu_tangent(x, weights, coefficients: Affine, parts, axes):
 
     By a product, as compilers would rather make a number again than keep it: a choice they keep, as a bit for every
     element. On CPU and GPU each part is masked for itself, by numbers that nothing else is computed from: what has a
-    single use is fused with that. The compiler for TPU does so by itself, and keeps more where it is told twice.
+    single use is fused with that. The compiler for TPU does so by itself, keeps more where it is told twice, and on
+    some chips keeps the product too.
     """
 
     def step(own):
@@ -61,7 +62,7 @@ def _relu_tangent(x, weights, coefficients: Affine, parts, axes):
         return jnp.sign(jnp.maximum(deviation(x, weights, own[0], axes) * slope, -shift) + shift)
 
     def together(own, *parts):
-        return step(own) * (parts[0] + parts[1] + parts[2])
+        return jnp.where(step(own) > 0, parts[0] + parts[1] + parts[2], 0.0)
 
     def apart(own, *parts):
         first, second, third = (

@@ -6,16 +6,21 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from convolution import convolve
+from jax.ad_checkpoint import checkpoint_name
 
 import jbn
 
 Depth = Literal[8, 20, 32, 56]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
 DEPTHS: tuple[int, ...] = get_args(Depth)
-WIDTHS = (16, 32, 64)
 
 
-def init(key: jax.Array, depth: int = 20, *, classes: int = 10, zero_last_scale: bool = False) -> tuple[dict, dict]:
-    """Params and state. Kernels are He-initialized; `zero_last_scale` starts every block as its shortcut."""
+def init(
+    key: jax.Array, depth: int = 20, width: int = 16, *, classes: int = 10, zero_last_scale: bool = False
+) -> tuple[dict, dict]:
+    """Params and state. Kernels are He-initialized; `zero_last_scale` starts every block as its shortcut.
+
+    `width` is that of the first stage, 16 in the paper.
+    """
     keys = iter(jax.random.split(key, 3 * depth))
     params, state = {}, {}
 
@@ -24,21 +29,21 @@ def init(key: jax.Array, depth: int = 20, *, classes: int = 10, zero_last_scale:
         norm, state[name] = jbn.init(outputs)
         params[name] = {"kernel": kernel, "norm": norm._replace(scale=jnp.full(outputs, scale, jnp.float32))}
 
-    unit("stem", 3, 3, WIDTHS[0])
-    for name, inputs, outputs, _ in blocks(depth):
+    unit("stem", 3, 3, width)
+    for name, inputs, outputs, _ in blocks(depth, width):
         unit(f"{name}/conv1", 3, inputs, outputs)
         unit(f"{name}/conv2", 3, outputs, outputs, scale=0.0 if zero_last_scale else 1.0)
         if inputs != outputs:
             unit(f"{name}/shortcut", 1, inputs, outputs)
-    kernel = jax.nn.initializers.he_normal()(next(keys), (WIDTHS[-1], classes))
+    kernel = jax.nn.initializers.he_normal()(next(keys), (4 * width, classes))
     params["head"] = {"kernel": kernel, "bias": jnp.zeros(classes)}
     return params, state
 
 
-def blocks(depth: int) -> list[tuple[str, int, int, int]]:
+def blocks(depth: int, width: int = 16) -> list[tuple[str, int, int, int]]:
     """Name, input width, output width and stride of every residual block."""
-    per_stage, inputs, found = (depth - 2) // 6, WIDTHS[0], []
-    for stage, outputs in enumerate(WIDTHS):
+    per_stage, inputs, found = (depth - 2) // 6, width, []
+    for stage, outputs in enumerate((width, 2 * width, 4 * width)):
         for index in range(per_stage):
             found.append((f"stage{stage}/block{index}", inputs, outputs, 2 if stage and not index else 1))
             inputs = outputs
@@ -60,18 +65,19 @@ def apply(
     """Logits [batch, classes] in float32 for images [batch, 32, 32, 3], and the new state.
 
     Computes in the dtype of the images. With `axis_name`, statistics are pooled over that axis; `decay` is that of the
-    running statistics. `normalize` and `convolve` may be others than these, with the same arguments.
+    running statistics. `normalize` and `convolve` may be others than these, with the same arguments. A policy of
+    `jax.checkpoint` knows what the convolutions give by the name "convolution".
     """
     new_state = {}
 
     def unit(x, name, stride=1, activation=jax.nn.relu):
-        x = convolve(x, params[name]["kernel"].astype(x.dtype), stride)
+        x = checkpoint_name(convolve(x, params[name]["kernel"].astype(x.dtype), stride), "convolution")
         options = {"train": train, "decay": decay, "axis_name": axis_name, "activation": activation}
         x, new_state[name] = normalize(x, params[name]["norm"], state[name], **options)
         return x
 
     x = unit(images, "stem")
-    for name, inputs, outputs, stride in blocks(depth):
+    for name, inputs, outputs, stride in blocks(depth, width=x.shape[-1]):
         shortcut = x if inputs == outputs else unit(x, f"{name}/shortcut", stride, activation=None)
         x = unit(x, f"{name}/conv1", stride)
         x = jax.nn.relu(unit(x, f"{name}/conv2", activation=None) + shortcut)

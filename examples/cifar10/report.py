@@ -2,8 +2,10 @@
 
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import matplotlib
 import numpy as np
 from rich.console import Console
@@ -41,6 +43,7 @@ class Meter:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("compiling", total=steps, completed=done)
+        self.calls = 0
         self.steps, self.batch, self.interval = steps, batch, 0.5 if console.is_terminal else 20.0
         self.started: tuple[int, float] | None = None
         self.shown = (done, 0.0)
@@ -54,7 +57,8 @@ class Meter:
 
     def update(self, epoch: int, step: int, totals) -> None:
         """Show where the run stands, now and then: reading `totals` waits for the device."""
-        if step % 4 == 0:  # or Python runs ahead of the device by dozens of steps, shows them late and stops late
+        self.calls += 1
+        if self.calls % 4 == 0:  # or Python runs far ahead of the device, shows steps late and stops late
             totals.count.block_until_ready()
         now = time.monotonic()
         if self.started is None:  # the first step is mostly compilation
@@ -72,6 +76,36 @@ class Meter:
                 self.bar.update(self.task, completed=step, description=text)
             else:
                 console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+
+
+class Trace:
+    """Makes calls; of three of them, after the first two, which compile, there is a trace in `folder`."""
+
+    def __init__(self, folder: Path | None):
+        self.folder, self.calls, self.running = folder, 0, False
+
+    def __call__(self, function: Callable, *operands):
+        if self.folder and self.calls == 2:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        results = function(*operands)
+        self.calls += 1
+        if self.running and self.calls == 5:
+            jax.block_until_ready(results)
+            self.stop()
+        return results
+
+    def stop(self) -> None:
+        jax.profiler.stop_trace()
+        self.running = False
+        console.print(f"A trace of {self.calls - 2} calls is in {self.folder}.")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.running:
+            self.stop()
 
 
 def bar(values, text: str):

@@ -49,15 +49,15 @@ class Totals(NamedTuple):
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}
 
 
-class Batch(NamedTuple):
-    """Images of one step, shared among the devices of a mesh."""
+class Images(NamedTuple):
+    """Images of one step, or a whole set of them, shared among the devices of a mesh."""
 
-    pixels: jax.Array  # [batch, 32, 32, 3], uint8
-    labels: jax.Array  # [batch], int32
+    pixels: jax.Array  # [images, 32, 32, 3], uint8
+    labels: jax.Array  # [images], int32
 
 
-def place(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Batch:
-    """The images of `rows` [batch] on the devices of `mesh`; each process reads those of its own devices."""
+def place(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Images:
+    """The images of `rows` [images] on the devices of `mesh`; each process reads those of its own devices."""
     sharding = jax.NamedSharding(mesh, SHARDED)
 
     def share(values):
@@ -66,7 +66,26 @@ def place(pixels: np.ndarray, labels: np.ndarray, rows: np.ndarray, mesh: jax.sh
 
         return jax.make_array_from_callback((len(rows), *values.shape[1:]), sharding, of_device)
 
-    return Batch(share(pixels), share(labels))
+    return Images(share(pixels), share(labels))
+
+
+def place_all(pixels: np.ndarray, labels: np.ndarray, mesh: jax.sharding.Mesh) -> Images:
+    """A whole set, the last image repeated until every device has as many."""
+    count = -(-len(labels) // mesh.size) * mesh.size
+    return place(pixels, labels, np.minimum(np.arange(count), len(labels) - 1), mesh)
+
+
+def take(images: Images, rows: jax.Array) -> Images:
+    """This device's share of `rows` [batch] of a whole set: each device sends what it holds of them where it goes."""
+    held = len(images.labels)
+    own = rows - lax.axis_index(AXIS) * held
+
+    def share(values):
+        here = jnp.expand_dims((own >= 0) & (own < held), range(1, values.ndim))
+        found = jnp.where(here, values[jnp.clip(own, 0, held - 1)], jnp.zeros((), values.dtype))
+        return lax.psum_scatter(found, AXIS, tiled=True)
+
+    return jax.tree.map(share, images)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +109,21 @@ def make_optimizer(peak: float, steps: int, *, momentum: float, weight_decay: fl
     )
 
 
-def augment(key: jax.Array, image: jax.Array) -> jax.Array:
-    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time."""
+def augment(key: jax.Array, image: jax.Array, cutout: int = 0) -> jax.Array:
+    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, with a square cut out.
+
+    The square, of side `cutout`, is 0, which is the mean; its middle is anywhere in the image (DeVries & Taylor 2017,
+    "Improved Regularization of Convolutional Neural Networks with Cutout").
+    """
     crop_key, flip_key = jax.random.split(key)
     top, left = jax.random.randint(crop_key, (2,), 0, 9)
     crop = lax.dynamic_slice(jnp.pad(image, ((4, 4), (4, 4), (0, 0))), (top, left, 0), image.shape)
-    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+    image = jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+    if not cutout:
+        return image
+    middle = jax.random.randint(jax.random.fold_in(key, 2), (2, 1), 0, image.shape[0])
+    rows, columns = (jnp.arange(image.shape[0]) - middle + cutout // 2) // cutout == 0
+    return jnp.where(rows[:, None, None] & columns[:, None], 0.0, image)
 
 
 def make_steps(
@@ -109,27 +137,39 @@ def make_steps(
     smoothing: float,
     dtype: jnp.dtype,
     averager: optax.GradientTransformation | None = None,
+    cutout: int = 0,
+    mirror: bool = False,
+    remat: bool = False,
+    loop: bool = False,
 ) -> tuple[Callable, Callable]:
-    """The two compiled steps, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
+    """The two compiled programs, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
 
-    train(carry, totals, batch, key) gives back carry and totals; evaluate(carry, totals, batch, count) adds the first
-    `count` images of the batch. `mean` and `std` [3] are those of the pixels. `averager` takes the params after every
-    step. `carry` and `totals` are donated in training, `totals` in evaluation.
+    train(carry, totals, images, order, key, count) makes `count` steps, in a loop or, without `loop`, a single one, on
+    the next images of a whole set in the `order` [images] of this epoch; it gives back carry and totals.
+    evaluate(carry, totals, images, first, end) adds the next batch from image `first` on, up to `end`. `mean` and `std`
+    [3] are those of the pixels. `averager` takes the params after every step. With `mirror` logits are the mean of
+    those of an image and its mirror image. With `remat` only what convolutions give and the measured moments are kept
+    for the backward pass. `carry` and `totals` are donated in training, `totals` in evaluation.
     """
     share = batch // mesh.size
     averager = averager or optax.identity()
+    forward = partial(apply, train=True, axis_name=AXIS)
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
+        forward = jax.checkpoint(forward, policy=policy)
 
     def positions():
         return lax.axis_index(AXIS) * share + jnp.arange(share)
 
-    def train(carry, totals, images, key):
+    def train_one(carry, totals, images, order, key):
+        index = carry.step % (len(order) // batch)
+        pixels, labels = take(images, lax.dynamic_slice(order, (index * batch,), (batch,)))
         # Every image has a key of its own, so the batch is the same however many devices share it.
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(positions())
-        inputs = jax.vmap(augment)(keys, (images.pixels - mean) / std).astype(dtype)
-        labels = images.labels
+        inputs = jax.vmap(partial(augment, cutout=cutout))(keys, (pixels - mean) / std).astype(dtype)
 
         def loss(params):
-            logits, state = apply(params, carry.state, inputs, train=True, axis_name=AXIS)
+            logits, state = forward(params, carry.state, inputs)
             targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
             return jnp.sum(optax.softmax_cross_entropy(logits, targets)) / batch, (logits, state)
 
@@ -141,24 +181,34 @@ def make_steps(
         carry = Carry(params, state, optimizer_state, carry.step + 1, average)
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
-    def evaluate(carry, totals, images, count):
-        valid = positions() < count
-        inputs = ((images.pixels - mean) / std).astype(dtype)
+    def train(carry, totals, images, order, key, count):
+        def one(_, moving):
+            carry, totals = moving
+            return train_one(carry, totals, images, order, key)
+
+        return lax.fori_loop(0, count, one, (carry, totals)) if loop else one(0, (carry, totals))
+
+    def evaluate(carry, totals, images, first, end):
+        valid = first + positions() < end
+        pixels, labels = take(images, jnp.minimum(first + jnp.arange(batch), end - 1))
+        inputs = ((pixels - mean) / std).astype(dtype)
         logits, _ = apply(carry.params, carry.state, inputs, train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
-        return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, images.labels, valid)
+        if mirror:
+            logits = (logits + apply(carry.params, carry.state, inputs[:, :, ::-1], train=False)[0]) / 2
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, labels, valid)
 
     def add(totals, loss, logits, labels, valid):
         correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels))
         return jax.tree.map(jnp.add, totals, lax.psum(Totals(loss, correct, jnp.sum(valid)), AXIS))
 
-    def compile_on_mesh(step, donated):
-        specs = (REPLICATED, REPLICATED, SHARDED, REPLICATED)
+    def compile_on_mesh(step, others, donated):
+        specs = (REPLICATED, REPLICATED, SHARDED, *[REPLICATED] * others)
         everywhere = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
         options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
         return jax.jit(everywhere, donate_argnums=donated, compiler_options=options)
 
-    return compile_on_mesh(train, (0, 1)), compile_on_mesh(evaluate, (1,))
+    return compile_on_mesh(train, 3, (0, 1)), compile_on_mesh(evaluate, 2, (1,))
 
 
 def make_measure(apply: Callable, mesh: jax.sharding.Mesh, *, mean: np.ndarray, std: np.ndarray, dtype: jnp.dtype):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import steps
+from jax.ad_checkpoint import checkpoint_name
 
 import jbn
 
@@ -55,14 +56,13 @@ def trained(images):
         # copies: the steps give the memory of what they are passed to their results
         carry, totals, measured = put(jax.tree.map(jnp.copy, (carry, steps.Totals.zero(), steps.Totals.zero())))
         key, seen = put(jax.random.key(3)), []
-        for step in range(2):
-            rows = np.arange(43)[::-1][step * BATCH : (step + 1) * BATCH]
-            carry, totals = train(carry, totals, steps.place(pixels, labels, rows, mesh), key)
+        whole, order = steps.place_all(pixels, labels, mesh), put(jnp.arange(43)[::-1])
+        for _ in range(2):
+            carry, totals = train(carry, totals, whole, order, key, 1)
             seen.append(jax.device_get(carry.params))
         assert train._cache_size() == 1  # nothing that a step gives back makes the next one compile again
-        for start in range(0, 43, BATCH):
-            rows = np.minimum(start + np.arange(BATCH), 42)
-            measured = evaluate(carry, measured, steps.place(pixels, labels, rows, mesh), 43 - start)
+        for first in range(0, 43, BATCH):
+            measured = evaluate(carry, measured, whole, first, 43)
         results[count] = *jax.device_get((carry, totals, measured)), seen
     return results
 
@@ -109,6 +109,88 @@ def test_recalibration_measures_the_images_of_evaluation(trained, images):
     found = np.float64(stem).reshape(-1, stem.shape[-1])
     np.testing.assert_allclose(states["stem"].mean, found.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(states["stem"].var, found.var(0, ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_every_device_takes_its_share_of_the_rows(images, devices):
+    """Of 43 images, which 8 devices cannot share evenly, in any order and more than once."""
+    pixels, labels, *_ = images
+    mesh, rows = mesh_of(devices), np.random.default_rng(1).integers(43, size=BATCH)
+    whole = steps.place_all(pixels, labels, mesh)
+    assert {shard.data.shape[0] for shard in whole.pixels.addressable_shards} == {-(-43 // devices)}
+    specs = {"in_specs": (steps.SHARDED, steps.REPLICATED), "out_specs": steps.SHARDED}
+    taken = jax.jit(jax.shard_map(steps.take, mesh=mesh, **specs))(whole, rows)
+    np.testing.assert_array_equal(taken.pixels, pixels[rows])
+    np.testing.assert_array_equal(taken.labels, labels[rows])
+
+
+def small_steps(images, mesh, **options):
+    """What `make_steps` gives for a network of one layer, a carry, and the operands behind the totals."""
+    pixels, labels, mean, std = images
+    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
+
+    def apply(params, state, x, *, train, axis_name=None):
+        y = checkpoint_name(jnp.mean(x, (1, 2)) @ params["kernel"] + x[:, 3, 5], "convolution")
+        y, state = jbn.batch_norm(y, params["norm"], state, train=train, axis_name=axis_name, activation=jax.nn.relu)
+        return y, state
+
+    settings = {"batch": BATCH, "mean": mean, "std": std, "smoothing": 0.1, "dtype": jnp.dtype("float32")}
+    params, state = jbn.init(3)
+    params = {"kernel": jnp.eye(3), "norm": params}
+    carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+    put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
+    rest = steps.place_all(pixels, labels % 3, mesh), put(jnp.arange(43)[::-1]), put(jax.random.key(3))
+    carry = put(jax.tree.map(jnp.copy, (carry, steps.Totals.zero())))
+    return steps.make_steps(apply, optimizer, mesh, **settings, **options), carry, rest
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loop_of_steps_is_the_steps(images, devices):
+    """Two epochs of two steps: from the middle of the first one to the middle of the second."""
+    results = {}
+    for loop, counts in ((False, [1, 1, 1, 1]), (True, [1, 2, 1]), (True, [4])):
+        (train, _), (carry, totals), rest = small_steps(images, mesh_of(devices), loop=loop)
+        for count in counts:
+            carry, totals = train(carry, totals, *rest, count)
+        assert train._cache_size() == 1
+        results[str(counts)] = jax.device_get((carry, totals))
+    single, *loops = results.values()
+    assert single[0].step == 4 and single[1].count == 4 * BATCH
+    jax.tree.map(np.testing.assert_array_equal, *loops)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), single, loops[0])  # another program
+
+
+def test_remat_changes_nothing(images):
+    both, barriers = [], []
+    for remat in (False, True):
+        (train, _), (carry, totals), rest = small_steps(images, mesh_of(8), remat=remat)
+        barriers.append(train.lower(carry, totals, *rest, 1).as_text().count("optimization_barrier"))
+        both.append(jax.device_get(train(carry, totals, *rest, 1)))
+    assert barriers[0] < barriers[1]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *both)
+
+
+def test_mirror_averages_the_logits_of_both_images(images):
+    pixels, labels, mean, std = images
+    (_, evaluate), (carry, totals), (whole, *_) = small_steps(images, mesh_of(8), mirror=True)
+    found = evaluate(carry, totals, whole, 0, BATCH)
+    inputs = np.float64((pixels[:BATCH] - mean) / std)
+    slope = 1 / np.sqrt(1 + 1e-5)
+    both = [np.maximum((inputs.mean((1, 2)) + x[:, 3, 5]) * slope, 0) for x in (inputs, inputs[:, :, ::-1])]
+    logits = np.mean(both, 0)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(BATCH), labels[:BATCH] % 3]
+    np.testing.assert_allclose(found.loss, losses.sum(), rtol=1e-5)
+
+
+def test_a_cut_is_a_square_anywhere_in_an_image_that_is_else_the_same():
+    image, keys = jnp.ones((32, 32, 3)), jax.random.split(jax.random.key(0), 300)
+    plain, cut = (jax.vmap(lambda key, side=side: steps.augment(key, image, side))(keys) for side in (0, 8))
+    gone = np.asarray((plain != cut).any(-1))  # but for what the crop has made 0 already
+    np.testing.assert_array_equal(np.where(gone[..., None], 0, plain), cut)
+    heights, widths = gone.any(2).sum(1), gone.any(1).sum(1)
+    assert heights.max() == widths.max() == 8
+    assert np.all(gone.sum((1, 2)) == heights * widths)  # a square, as far as it is inside
+    assert gone.any(0).mean() > 0.95  # anywhere
 
 
 def test_nothing_seen_has_no_mean():
