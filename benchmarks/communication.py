@@ -18,7 +18,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -61,6 +63,16 @@ ACTIVATIONS = six_layers.LAYERS * 64 * 56 * 56 * six_layers.WIDTH * 2  # bytes: 
 NETWORKS = {
     "six layers": Network(six_layers, 64, "a device", 56, ACTIVATIONS, "activations a layer"),
     "ResNet-50": Network(resnet50, 32, "a device", 224, 10**9, "GB"),
+    "ResNet-50, remat": Network(
+        SimpleNamespace(init=resnet50.init, make_step=partial(resnet50.make_step, remat=True), inputs=resnet50.inputs),
+        32,
+        "a device",
+        224,
+        10**9,
+        "GB",
+        modes=("jit",),
+        targets=("cpu:8", "h100:1", "v5e:4x4"),
+    ),
     "example": Network(
         example,
         example.CONFIG.batch,

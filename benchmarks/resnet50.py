@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,6 +96,7 @@ def apply(params, state, images, norm: Norm, stages=STAGES, width=WIDTH, axis_na
     def unit(x, name, stride=1, activation=jax.nn.relu):
         kernel = params[name]["kernel"].astype(x.dtype)
         x = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = checkpoint_name(x, "convolution")
         x, new_state[name] = norm.apply(x, params[name]["norm"], state[name], axis_name, activation)
         return x
 
@@ -114,15 +116,20 @@ class Carry(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_step(norm: Norm, mesh: Mesh, mode: str, stages=STAGES, width=WIDTH):
+def make_step(norm: Norm, mesh: Mesh, mode: str, stages=STAGES, width=WIDTH, remat=False):
     """A jitted `step(carry, images, labels)`, data parallel over `mesh`; gives the new carry and the loss.
 
-    `mode`: "jit" leaves the splitting to the compiler, "shard_map" writes it out.
+    `mode`: "jit" leaves the splitting to the compiler, "shard_map" writes it out. With `remat` only what convolutions
+    give and jbn's moments are kept for the backward pass.
     """
     named = mode == "shard_map"
+    forward = partial(apply, norm=norm, stages=stages, width=width, axis_name=AXIS if named else None)
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
+        forward = jax.checkpoint(forward, policy=policy)
 
     def loss(params, state, images, labels):
-        logits, state = apply(params, state, images, norm, stages, width, AXIS if named else None)
+        logits, state = forward(params, state, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses) / (losses.size * (mesh.size if named else 1)), state
 

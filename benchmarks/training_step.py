@@ -6,7 +6,8 @@
 Forward, backward and SGD with momentum on one batch that stays on the device. "scale and bias" is the network of jbn
 without statistics: what is above it is the cost of batch normalization. The networks of jbn and of scale and bias have
 the example's convolution and its compiler options, which Flax's own modules do not; "jbn, plain convolution" has
-neither. Steps in a new order every round; medians. Memory is what the compiler sets aside beside arguments and results.
+neither. "jbn, remat" keeps what convolutions give, and the moments. Steps in a new order every round; medians. Memory
+is what the compiler sets aside beside arguments and results.
 """
 
 import dataclasses
@@ -66,12 +67,15 @@ def with_flax(config):
     import flax_resnet
 
     params, _ = model.init(jax.random.key(0), config.depth)
-    return flax_resnet.apply, *flax_resnet.convert(params), {}
+    return partial(flax_resnet.apply, depth=config.depth, train=True), *flax_resnet.convert(params), {}
 
 
-def with_jbn(config, convolve=convolution.convolve, **options):
+def with_jbn(config, convolve=convolution.convolve, remat=False, **options):
     own = convolve is convolution.convolve and jax.default_backend() == "cpu"
-    apply = partial(model.apply, convolve=convolve, **options)
+    apply = partial(model.apply, depth=config.depth, train=True, convolve=convolve, **options)
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
+        apply = jax.checkpoint(apply, policy=policy)
     return apply, *model.init(jax.random.key(0), config.depth), convolution.CPU_OPTIONS if own else {}
 
 
@@ -80,6 +84,7 @@ NETWORKS = {
     "flax": with_flax,
     "scale and bias": partial(with_jbn, normalize=scale_and_bias),
     "jbn, plain convolution": partial(with_jbn, convolve=plain),
+    "jbn, remat": partial(with_jbn, remat=True),
 }
 
 
@@ -90,7 +95,7 @@ def compiled_step(name, config, images, labels):
 
     def train(params, state, moments):
         def loss(params):
-            logits, after = apply(params, state, images, depth=config.depth, train=True)
+            logits, after = apply(params, state, images)
             targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), SMOOTHING)
             return jnp.mean(optax.softmax_cross_entropy(logits, targets)), after
 
