@@ -33,7 +33,7 @@ def init(key: jax.Array, norm: Norm, depth=CONFIG.depth, width=CONFIG.width) -> 
 
 
 def make_step(norm: Norm, mesh: Mesh, mode: str = "shard_map", batch=CONFIG.batch, depth=CONFIG.depth):
-    """The example's `train(carry, totals, images, order, key, count)`, without its loop, data parallel over `mesh`."""
+    """One step of the example's `train`, data parallel over `mesh`: step(carry, totals, images, order, key)."""
 
     def normalize(x, params, state, *, axis_name, activation, **_):
         return norm.apply(x, params, state, axis_name, activation)
@@ -44,7 +44,7 @@ def make_step(norm: Norm, mesh: Mesh, mode: str = "shard_map", batch=CONFIG.batc
     train, _ = steps.make_steps(
         apply, OPTIMIZER, mesh, batch=batch, dtype=jnp.dtype(CONFIG.dtype), **statistics, **settings
     )
-    return train
+    return jax.jit(lambda *operands: train(*operands, 1), donate_argnums=(0, 1))
 
 
 def inputs(norm: Norm, mesh: Mesh, batch: int, size: int = 32, depth=CONFIG.depth, width=CONFIG.width) -> tuple:
@@ -54,8 +54,7 @@ def inputs(norm: Norm, mesh: Mesh, batch: int, size: int = 32, depth=CONFIG.dept
         params, state = init(jax.random.key(0), norm, depth, width)
         carry = steps.Carry(params, state, OPTIMIZER.init(params), jnp.zeros((), jnp.int32))
         images = steps.Images(jnp.zeros((IMAGES, size, size, 3), jnp.uint8), jnp.zeros(IMAGES, jnp.int32))
-        order, count = jnp.zeros(IMAGES, jnp.int32), jnp.zeros((), jnp.int32)
-        return carry, steps.Totals.zero(), images, order, jax.random.key(0), count
+        return carry, steps.Totals.zero(), images, jnp.zeros(IMAGES, jnp.int32), jax.random.key(0)
 
     def lie(spec, tree):
         own = NamedSharding(mesh, spec)

@@ -43,7 +43,7 @@ class Meter:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("compiling", total=steps, completed=done)
-        self.calls = 0
+        self.calls, self.done = 0, done
         self.steps, self.batch, self.interval = steps, batch, 0.5 if console.is_terminal else 20.0
         self.started: tuple[int, float] | None = None
         self.shown = (done, 0.0)
@@ -55,8 +55,10 @@ class Meter:
     def __exit__(self, *_):
         self.bar.stop()
 
-    def update(self, epoch: int, step: int, totals) -> None:
-        """Show where the run stands, now and then: reading `totals` waits for the device."""
+    def update(self, epoch: int, count: int, totals) -> None:
+        """Show where the run stands after `count` more steps, now and then: reading `totals` waits for the device."""
+        self.done += count
+        step = self.done
         self.calls += 1
         if self.calls % 4 == 0:  # or Python runs far ahead of the device, shows steps late and stops late
             totals.count.block_until_ready()

@@ -116,8 +116,11 @@ def augment(key: jax.Array, image: jax.Array, cutout: int = 0) -> jax.Array:
     "Improved Regularization of Convolutional Neural Networks with Cutout").
     """
     crop_key, flip_key = jax.random.split(key)
-    top, left = jax.random.randint(crop_key, (2,), 0, 9)
-    crop = lax.dynamic_slice(jnp.pad(image, ((4, 4), (4, 4), (0, 0))), (top, left, 0), image.shape)
+    crop = jnp.pad(image, ((4, 4), (4, 4), (0, 0)))
+    for axis, start in enumerate(jax.random.randint(crop_key, (2,), 0, 9)):
+        # Of all windows, rather than by dynamic_slice: of that the compiler for TPU makes a loop over the images.
+        windows = [lax.slice_in_dim(crop, first, first + image.shape[axis], axis=axis) for first in range(9)]
+        crop = jnp.select([start == first for first in range(9)], windows)
     image = jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
     if not cutout:
         return image
@@ -140,12 +143,11 @@ def make_steps(
     cutout: int = 0,
     mirror: bool = False,
     remat: bool = False,
-    loop: bool = False,
 ) -> tuple[Callable, Callable]:
     """The two compiled programs, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
 
-    train(carry, totals, images, order, key, count) makes `count` steps, in a loop or, without `loop`, a single one, on
-    the next images of a whole set in the `order` [images] of this epoch; it gives back carry and totals.
+    train(carry, totals, images, order, key, count) makes `count` steps, several in a loop and compiled for each count,
+    on the next images of a whole set in the `order` [images] of this epoch; it gives back carry and totals.
     evaluate(carry, totals, images, first, end) adds the next batch from image `first` on, up to `end`. `mean` and `std`
     [3] are those of the pixels. `averager` takes the params after every step. With `mirror` logits are the mean of
     those of an image and its mirror image. With `remat` only what convolutions give and the measured moments are kept
@@ -157,6 +159,12 @@ def make_steps(
     if remat:
         policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
         forward = jax.checkpoint(forward, policy=policy)
+
+    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+
+    def on_mesh(step, others):
+        specs = (REPLICATED, REPLICATED, SHARDED, *[REPLICATED] * others)
+        return jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
 
     def positions():
         return lax.axis_index(AXIS) * share + jnp.arange(share)
@@ -181,13 +189,20 @@ def make_steps(
         carry = Carry(params, state, optimizer_state, carry.step + 1, average)
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
+    @partial(jax.jit, static_argnums=5, donate_argnums=(0, 1), compiler_options=options)
     def train(carry, totals, images, order, key, count):
-        def one(_, moving):
-            carry, totals = moving
-            return train_one(carry, totals, images, order, key)
+        def several(carry, totals, images, order, key):
+            def one(moving, _):
+                return train_one(*moving, images, order, key), None  # pyright: ignore[reportCallIssue]
 
-        return lax.fori_loop(0, count, one, (carry, totals)) if loop else one(0, (carry, totals))
+            if count == 1:
+                return train_one(carry, totals, images, order, key)
+            return lax.scan(one, (carry, totals), None, length=count)[0]
 
+        return on_mesh(several, 2)(carry, totals, images, order, key)
+
+    @partial(jax.jit, donate_argnums=1, compiler_options=options)
+    @partial(on_mesh, others=2)
     def evaluate(carry, totals, images, first, end):
         valid = first + positions() < end
         pixels, labels = take(images, jnp.minimum(first + jnp.arange(batch), end - 1))
@@ -202,13 +217,7 @@ def make_steps(
         correct = jnp.sum(valid & (jnp.argmax(logits, -1) == labels))
         return jax.tree.map(jnp.add, totals, lax.psum(Totals(loss, correct, jnp.sum(valid)), AXIS))
 
-    def compile_on_mesh(step, others, donated):
-        specs = (REPLICATED, REPLICATED, SHARDED, *[REPLICATED] * others)
-        everywhere = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=REPLICATED)
-        options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
-        return jax.jit(everywhere, donate_argnums=donated, compiler_options=options)
-
-    return compile_on_mesh(train, 3, (0, 1)), compile_on_mesh(evaluate, 2, (1,))
+    return train, evaluate
 
 
 def make_measure(apply: Callable, mesh: jax.sharding.Mesh, *, mean: np.ndarray, std: np.ndarray, dtype: jnp.dtype):

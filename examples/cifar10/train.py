@@ -96,6 +96,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     apply = partial(model.apply, depth=config.depth)
     inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(config.dtype)}
     per_call = config.steps_per_call or (1 if jax.default_backend() == "cpu" else STEPS_PER_CALL)
+    counts = [len(part) for part in np.array_split(np.arange(per_epoch), -(-per_epoch // per_call))]  # of every call
     train_steps, evaluate_step = steps.make_steps(
         apply,
         optimizer,
@@ -106,7 +107,6 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
         cutout=config.cutout,
         mirror=config.mirror,
         remat=config.remat,
-        loop=per_call > 1,
         **inputs,
     )
     train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
@@ -142,12 +142,11 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
         for epoch in range(len(history) + 1, config.epochs + 1):
             started = time.monotonic()
             totals, order = zero(), shuffled(shared_key, epoch)
-            for step in range(0, per_epoch, per_call):
+            for count in counts:
                 if stop.is_set():
                     raise KeyboardInterrupt
-                count = min(per_call, per_epoch - step)
                 carry, totals = trace(train_steps, carry, totals, train_set, order, shared_key, count)
-                meter.update(epoch, (epoch - 1) * per_epoch + step + count, totals)
+                meter.update(epoch, count, totals)
             row = {"epoch": epoch, **totals.means("train")}
             row["seconds"] = time.monotonic() - started
             row["images_per_second"] = per_epoch * config.batch / row["seconds"]

@@ -59,6 +59,19 @@ def test_drift_of_a_run_that_has_ended(launcher, undisturbed):
     jax.tree.map(np.testing.assert_array_equal, last_checkpoint(run), before)
 
 
+def test_what_is_for_accelerators(launcher, tmp_path):
+    """Four steps an epoch in calls of two, as three do not divide them; the trace is of what calls there are left."""
+    run, folder = tmp_path / "run", tmp_path / "trace"
+    small = ["--epochs", "2", "--batch", "32", "--train-images", "128", "--width", "4", "--steps-per-call", "3"]
+    arguments = ["--preset", "accelerator", "--remat", "--profile", folder, "--run", run, *small]
+    (output,) = finish(launcher.start(*arguments, devices=2))
+    assert "ResNet-8, 4 wide, on embedded shapes" in output and f"A trace of 2 calls is in {folder}" in output
+    assert list(folder.rglob("*.xplane.pb"))
+    saved = json.loads((run / "config.json").read_text())["config"]
+    assert saved["preset"] == "accelerator" and saved["mirror"] and saved["width"] == 4
+    assert all(np.isfinite(float(metrics(run)[-1][name])) for name in ("train_loss", "test_loss"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
