@@ -121,8 +121,10 @@ def with_keras(features: int, axis: int, train: bool) -> Callable:
     return normalize
 
 
+BEHIND = "jbn, relu behind"  # without the argument for it
 JAX_PEERS = {
     "jbn": with_jbn,
+    BEHIND: with_jbn,
     "flax linen": with_flax_linen,
     "flax nnx": with_flax_nnx,
     "haiku": with_haiku,

@@ -55,7 +55,7 @@ RESNET_50 = (
 PASSES = {"training": 8, "relu": 8, "residual": 8, "masked": 8, "forward": 3, "evaluation": 2}
 BASE, FLOOR = "flax linen", "floor"
 TORCH, COMPILED_TORCH = "torch", "torch compiled"
-PACKAGES = {"flax linen": "flax", "flax nnx": "flax", COMPILED_TORCH: "torch"}
+PACKAGES = {competitors.BEHIND: "jbn", "flax linen": "flax", "flax nnx": "flax", COMPILED_TORCH: "torch"}
 console = Console(highlight=False)
 
 
@@ -322,6 +322,8 @@ def main(config: Config) -> None:
         return
     peers = []
     for name in config.peers:
+        if name == competitors.BEHIND and config.what != "relu":
+            continue
         if config.what == "masked" and name not in competitors.MASKED:
             console.print(f"{name} takes no mask and is left out.")
         elif installed(name):
