@@ -38,41 +38,43 @@ def affine_tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, ax
     constant_dot = tangents.bias - low * tangents.slope - slope * (tangents.mean + tangents.mean_low)
     vectors = (slope, tangents.slope, constant_dot)
     slope, slope_dot, constant_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
+    if weights is None:  # for the sum of dy * (x - mean), in words of its own as in `measure`
+        mean = mean + 0 * low
     parts = slope * x_dot.astype(slope.dtype), deviation(x, weights, mean, axes) * slope_dot, constant_dot
-    if activation is jax.nn.relu:
-        y_dot = _relu_tangent(x, weights, coefficients, parts, axes)
-    else:
+    if activation is None:
         y_dot = parts[0] + parts[1] + parts[2]
-        if activation is not None:
-            _, y_dot = jax.jvp(activation, (_before_activation(x, weights, coefficients, axes),), (y_dot,))
+    else:
+        y_dot = _activation_tangent(x, weights, coefficients, parts, axes, activation)
     return select(weights, y_dot.astype(x.dtype))
 
 
-def _relu_tangent(x, weights, coefficients: Affine, parts, axes):
-    """The sum of `parts` where y is positive, and else 0.
+def _activation_tangent(x, weights, coefficients: Affine, parts, axes, activation: Callable):
+    """The tangent of the activation along the sum of `parts`.
 
-    By a product, as compilers would rather make a number again than keep it: a choice they keep, as a bit for every
-    element. On CPU and GPU each part is masked for itself, by numbers that nothing else is computed from: what has a
-    single use is fused with that. The compiler for TPU does so by itself, keeps more where it is told twice, and on
-    some chips keeps the product too.
+    On GPUs each part goes through it by itself, from numbers that nothing else is computed from: so each of the two
+    sums and dx makes the derivative again from `x` in its own pass, where one for all would be written to memory. For
+    the same reason relu is a product there: a choice would be kept, as a bit for every element. Compilers for CPU and
+    TPU do worse with that.
     """
 
-    def step(own):
-        _, slope, shift = (jnp.expand_dims(vector, axes) for vector in own)
-        return jnp.sign(jnp.maximum(deviation(x, weights, own[0], axes) * slope, -shift) + shift)
-
-    def together(own, *parts):
-        return jnp.where(step(own) > 0, parts[0] + parts[1] + parts[2], 0.0)
+    def together(own, first, second, third):
+        del own
+        return jax.jvp(activation, (_before_activation(x, weights, coefficients, axes),), (first + second + third,))[1]
 
     def apart(own, *parts):
-        first, second, third = (
-            step(each) * part for each, part in zip(lax.optimization_barrier((own,) * 3), parts, strict=True)
-        )
+        first, second, third = map(along, lax.optimization_barrier((own,) * 3), parts)
         return first + second + third
 
+    def along(own, part):
+        _, slope, shift = (jnp.expand_dims(vector, axes) for vector in own)
+        y = deviation(x, weights, own[0], axes) * slope + shift
+        if activation is jax.nn.relu:
+            return lax.stop_gradient(jnp.sign(jnp.maximum(y, 0))) * part
+        return jax.jvp(activation, (y,), (jnp.broadcast_to(part, y.shape),))[1]
+
     mean, low, slope, bias = coefficients
-    own = lax.stop_gradient((mean, slope, bias - low * slope))
-    return lax.platform_dependent(own, *parts, tpu=together, default=apart)
+    own = mean, slope, bias - low * slope
+    return lax.platform_dependent(own, *parts, cuda=apart, rocm=apart, default=together)
 
 
 def standardize(measured: Moments, params: Params, epsilon) -> Affine:

@@ -68,8 +68,8 @@ def batch_norm(
         weights by what makes it unbiased, see `update`.
       groups: in training, cut axis 0 into so many virtual batches with statistics of their own; see `normalize_batch`.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
-      activation: a function of each element behind the normalization, such as `jax.nn.relu`, with which training costs
-        no more memory, and no more of its traffic, than without; see `normalize_batch`.
+      activation: a function of each element behind the normalization, such as `jax.nn.relu`. On a GPU training costs no
+        more passes over memory with it than without; see `normalize_batch`.
 
     Returns:
       `y` with the shape and dtype of `x`, and the new `State` or `Moments`.

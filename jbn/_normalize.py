@@ -60,10 +60,9 @@ def normalize_batch(
         ("ghost" batch normalization, Hoffer, Hubara & Soudry 2017, algorithm 1). The moments are those of all groups.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
       activation: a function of each element, such as `jax.nn.relu`, that `y` goes through before it is rounded to the
-        dtype of `x`. Its derivative is made again from `x`, so that the backward pass keeps nothing for it; for
-        `jax.nn.relu` it is fused, on CPU, GPU and TPU, with what uses it, and nothing more is written to memory than
-        without. (There its derivative multiplies: an infinite dy gives NaN where y is 0.) A function of nothing else,
-        and the same object in every call: for another one all is compiled anew.
+        dtype of `x`. Its derivative is made again from `x`: the backward pass keeps nothing for it, and on a GPU writes
+        nothing to memory for it either. (There relu's multiplies: where y is 0, an infinite dy gives NaN.) A function
+        of nothing else, and the same object in every call: for another one all is compiled anew.
 
     Returns:
       `y` with the shape and dtype of `x`, and the `Moments` it was normalized by, which are differentiable too.
@@ -178,8 +177,6 @@ def _by_batch_jvp(axes, pool, coefficients, activation, primals, tangents):
         # The statistics bring their own tangents: second derivatives are wrong without them.
         measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
         affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
-        if weights is None:  # for the sum of dy * (x - mean), in words of its own as in `measure`
-            affine = affine._replace(mean=affine.mean + 0 * affine.mean_low)
         return affine_tangent(x, weights, affine, affine_dot, x_dot, axes, activation), measured_dot
 
     # In two steps, as a policy of `jax.checkpoint` does not see what is inside of a rule.

@@ -38,8 +38,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
       inference: normalize by the running statistics and leave them; toggled by `eqx.nn.inference_mode`.
       dtype: of `weight` and `bias`; by default float32, and float64 in JAX's 64-bit mode.
       mode: "batch", so that calls of `eqx.nn.BatchNorm` with it stand as they are.
-      activation: a function of each element behind the normalization, such as `jax.nn.relu`, for less memory and
-        traffic than by itself, see `jbn.batch_norm`.
+      activation: a function of each element behind the normalization, such as `jax.nn.relu`, in fewer passes over a
+        GPU's memory than by itself, see `jbn.batch_norm`.
 
     Raises:
       ValueError: `input_size`, `momentum` or `mode` is out of range.

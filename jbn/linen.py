@@ -47,8 +47,8 @@ class BatchNorm(nn.BatchNorm):
     'batch_stats', 'weight', says how much evidence there is: 0 at first, see `jbn.State`. It is made with the others;
     statistics without one, as those of Flax's layer, have full evidence, and those with one keep it, whatever `debias`.
 
-    `activation`, a function of each element such as `nn.relu`, comes behind the normalization, for less memory and
-    traffic than by itself, see `jbn.batch_norm`.
+    `activation`, a function of each element such as `nn.relu`, comes behind the normalization, in fewer passes over a
+    GPU's memory than by itself, see `jbn.batch_norm`.
 
     In training, where the collection 'moments' is mutable, the `jbn.Moments` of the batch are sown there, and merged
     with those that are there already: pass `mutable=["batch_stats", "moments"]`, and what came back of 'moments' with

@@ -47,8 +47,8 @@ class BatchNorm(nnx.BatchNorm):
     `weight`, says how much evidence there is: 0 at first, see `jbn.State`. Without, it is `None`, as a scale is that is
     not used. Where a layer with `debias` takes over the statistics of Flax's: `layer.weight[...] = jnp.ones(features)`.
 
-    `activation`, a function of each element such as `nnx.relu`, comes behind the normalization, for less memory and
-    traffic than by itself, see `jbn.batch_norm`.
+    `activation`, a function of each element such as `nnx.relu`, comes behind the normalization, in fewer passes over a
+    GPU's memory than by itself, see `jbn.batch_norm`.
 
     On purpose other than Flax:
       Where the mask is 0, x is never computed with, and the output is 0.

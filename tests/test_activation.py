@@ -112,6 +112,21 @@ def test_relu_as_lowered_for_every_platform(platform, masked, dtype):
         assert_allclose(np.float64(got), np.float64(wanted), rtol=tolerance, atol=tolerance)
 
 
+def test_on_gpus_each_of_the_sums_and_dx_masks_for_itself():
+    """By products, as benchmarks/communication.py shows that XLA for H100 needs it; elsewhere by one choice."""
+    x, _, dy = ways.batch()
+
+    def backward(x, dy):
+        return jax.vjp(partial(by_batch, activation=jax.nn.relu), x, PARAMS)[1](dy)
+
+    for platform in ("cpu", "tpu", "cuda", "rocm"):
+        unchecked = [jax.export.DisabledSafetyCheck.platform()]
+        exported = jax.export.export(jax.jit(backward), platforms=(platform,), disabled_checks=unchecked)(x, dy)
+        text = exported.mlir_module()
+        found = [text.count(f"stablehlo.{name} ") for name in ("sign", "optimization_barrier")]
+        assert found == ([3, 1] if platform in ("cuda", "rocm") else [0, 0]), platform
+
+
 @pytest.mark.parametrize(
     "way",
     [
