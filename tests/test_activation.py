@@ -54,6 +54,32 @@ def behind(f, activation, weights=None):
     return composed
 
 
+def derivatives(f, x, params):
+    """Forward, reverse, and one over the other: each of the second order too."""
+
+    def loss(x, params):
+        return weigh(f(x, params))
+
+    along = jax.tree.map(jnp.cos, (x, params))
+    gradient = jax.grad(loss, (0, 1))
+    return (
+        jax.jvp(f, (x, params), along),
+        gradient(x, params),
+        jax.jvp(gradient, (x, params), along),
+        jax.grad(lambda *args: jax.jvp(loss, args, along)[1], (0, 1))(x, params),
+        jax.grad(lambda *args: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(*args), along)))))(x, params),
+    )
+
+
+def assert_same_derivatives(function, activation, weights, compiled=jit):
+    x, scale, bias, _ = arguments()
+    operands = x, jbn.Params(scale, bias)
+    inside = partial(FUNCTIONS[function], activation=activation, weights=weights)
+    composed = behind(FUNCTIONS[function], activation, weights)
+    got, wanted = (make(partial(derivatives, f))(*operands) for make, f in ((compiled, inside), (jit, composed)))
+    assert_close(got, wanted)
+
+
 CASES = [
     *product(["normalize_batch"], ACTIVATIONS, WEIGHTS),
     *product(list(FUNCTIONS)[1:], ["relu"], ["mask"]),
@@ -64,30 +90,16 @@ CASES = [
 @float64
 @pytest.mark.parametrize(("function", "activation", "weights"), CASES)
 def test_value_and_every_derivative(function, activation, weights):
-    """Forward, reverse, and one over the other: each of the second order too."""
-    activation, weights = ACTIVATIONS[activation], WEIGHTS[weights]
-    x, scale, bias, _ = arguments()
-    inside = partial(FUNCTIONS[function], activation=activation, weights=weights)
-    composed = behind(FUNCTIONS[function], activation, weights)
+    assert_same_derivatives(function, ACTIVATIONS[activation], WEIGHTS[weights])
 
-    def everything(f):
-        def loss(x, params):
-            return weigh(f(x, params))
 
-        def all_of(x, params):
-            along = jax.tree.map(jnp.cos, (x, params))
-            gradient = jax.grad(loss, (0, 1))
-            return (
-                jax.jvp(f, (x, params), along),
-                gradient(x, params),
-                jax.jvp(gradient, (x, params), along),
-                jax.grad(lambda *args: jax.jvp(loss, args, along)[1], (0, 1))(x, params),
-                jax.grad(lambda *args: sum(map(jnp.vdot, *map(jax.tree.leaves, (gradient(*args), along)))))(x, params),
-            )
+@float64
+@pytest.mark.parametrize(("activation", "weights"), [("relu", "plain"), ("silu", "mask")])
+def test_every_derivative_as_lowered_for_gpus(activation, weights):
+    def compiled(f):
+        return lambda *operands: lowered_for("cuda", f, *operands)(*operands)
 
-        return jit(all_of)(x, jbn.Params(scale, bias))
-
-    assert_close(everything(inside), everything(composed))
+    assert_same_derivatives("about a center", ACTIVATIONS[activation], WEIGHTS[weights], compiled)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
