@@ -19,9 +19,9 @@ SMALL = [
     "--epochs",
     "4",
     "--batch",
-    "64",
+    "32",
     "--train-images",
-    "384",
+    "192",
     "--peak-rate",
     "0.02",
     "--evaluate-every",
@@ -29,6 +29,7 @@ SMALL = [
     "--ema",
     "0.9",
 ]
+FEW_IMAGES = "import data\ndata.embedded.__defaults__ = (256, 128, 0)"  # to draw, and to evaluate on
 SECONDS = 300  # no wait in these tests is longer
 
 
@@ -54,14 +55,12 @@ class Launcher:
         return self.environment | {"XLA_FLAGS": f"{COUNT}={devices} {QUICK}"}
 
     def start(self, *arguments, devices: int = 2, before: str = "") -> subprocess.Popen:
-        """One process, which runs the Python statements in `before` first."""
+        """One process with a small data set, which runs the Python statements in `before` first."""
         settings = [] if "--resume" in arguments else [*SMALL, "--cache", str(self.cache)]
-        command = [sys.executable, str(PROGRAM)]
-        if before:
-            code = f"import runpy, sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\n{before}\n"
-            command = [sys.executable, "-c", f"{code}runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"]
+        code = f"import runpy, sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\n{FEW_IMAGES}\n{before}\n"
+        code += f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
         return subprocess.Popen(
-            [*command, *settings, *map(str, arguments)],
+            [sys.executable, "-c", code, *settings, *map(str, arguments)],
             env=self.quick(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -84,7 +84,7 @@ def test_a_checkpoint_does_not_depend_on_the_layout(launcher, together, undistur
     ("second", "before", "message"),
     [
         (["--peak-rate", "0.2"], "", "process 0 has peak_rate 0.02 and process 1 has 0.2; start all alike"),
-        ([], "import data\ndata.embedded.__defaults__ = (4096, 2000, 1)", "process 1 has embedded shapes (seed 1"),
+        ([], "import data\ndata.embedded.__defaults__ = (256, 128, 1)", "process 1 has embedded shapes (seed 1"),
         ([], "import jax\njax.__version__ = '0.0.1'", "and process 1 has 0.0.1; start all alike"),
         (["--data", "/nowhere"], "", "process 1: /nowhere/data_batch_1.bin is missing"),
     ],
