@@ -116,7 +116,7 @@ def main():
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of the time is compiling: the last optimizations change no number beyond rounding.
     count = f"--xla_force_host_platform_device_count={args.devices}"
-    os.environ["XLA_FLAGS"] = f"{count} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{count} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     import jax  # reads both
 
     patience = 30  # seconds, rather than minutes, until the loss of a process is seen

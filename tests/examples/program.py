@@ -34,7 +34,8 @@ SECONDS = 300  # no wait in these tests is longer
 
 
 COUNT = "--xla_force_host_platform_device_count"
-QUICK = "--xla_backend_optimization_level=0"  # most of the time is compiling
+# Most of the time is compiling.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 class Launcher:
