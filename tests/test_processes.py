@@ -5,8 +5,7 @@ import ways
 from processes import WAYS, launch
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2), (4, 2)])
 def test_the_split_batch_is_the_whole(processes, devices):
     found = launch(processes, devices)
     assert [len(rows) for rows in found] == [len(WAYS) * 8 + 1] * processes
