@@ -1,6 +1,6 @@
 """JAX's own checks for NaN and infinity: nothing is raised for what is masked, nor is another's NaN blamed on jbn."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +66,19 @@ def batch(bad):
     return jnp.asarray(x)
 
 
+@cache
+def gradients(f, compiled):
+    """The same function for every `bad`: it is compiled once."""
+    step = jax.value_and_grad(partial(f, weights=jnp.asarray(MASK)), has_aux=True)
+    return jax.jit(step) if compiled else step
+
+
 @every
 @pytest.mark.parametrize(("bad", "compiled"), [(np.nan, False), *((bad, True) for bad in BAD.values())])
 def test_debug_nans_and_infs(f, bad, compiled):
-    step = jax.value_and_grad(partial(f, weights=jnp.asarray(MASK)), has_aux=True)
     x = batch(bad)  # which JAX would look at too
     with jax.debug_nans(True), jax.debug_infs(True):
-        _, dx = (jax.jit(step) if compiled else step)(x)
+        _, dx = gradients(f, compiled)(x)
     assert np.isfinite(dx).all()
     assert not dx[~MASK].any()
 
