@@ -122,7 +122,7 @@ def test_the_page_shows_what_was_recorded(name, stages, networks):
 def tiny(tmp_path, monkeypatch):
     """Networks of one block and a few images."""
     monkeypatch.setattr(data, "embedded", partial(data.embedded, train=16, test=50))
-    monkeypatch.setattr(model, "blocks", lambda depth: [("block", 16, 64, 2)])
+    monkeypatch.setattr(model, "blocks", lambda depth, width=16: [("block", 16, 64, 2)])
     return small_batch.Config(folder=tmp_path, sizes=(2,), batch=4, images=16, epochs=2, seeds=1)
 
 
