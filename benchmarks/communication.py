@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -44,11 +44,14 @@ TARGETS = ("cpu:8", *COMPILERS)
 LARGE = ("cpu:8", *GPUS, "v5e:4x4", "v5p:8x8x8")
 MODES = ("jit", "shard_map")
 NORMS = tuple(resnet50.NORMS)
+RIVALS = ("jbn", "flax fast")
 console = Console(highlight=False, width=160)
 
 
 class Network(NamedTuple):
-    program: Any  # with `init`, `make_step` and `inputs`
+    init: Callable  # its params and state
+    make_step: Callable
+    inputs: Callable  # the shapes and shardings of a step's arguments
     batch: int  # images
     of: str  # "a device", or "in all"
     size: int  # their height and width
@@ -56,25 +59,31 @@ class Network(NamedTuple):
     unit_name: str
     modes: tuple[str, ...] = MODES
     targets: tuple[str, ...] = LARGE
+    norms: tuple[str, ...] = ("jbn", "flax fast", "flax two-pass")
     others: int = 1  # numbers that a step adds up over the devices besides gradients and its norms': the loss
 
 
+def parts(program: ModuleType) -> tuple[Callable, Callable, Callable]:
+    return program.init, program.make_step, program.inputs
+
+
 ACTIVATIONS = six_layers.LAYERS * 64 * 56 * 56 * six_layers.WIDTH * 2  # bytes: one of each layer, in bfloat16
+SIX_LAYERS = Network(*parts(six_layers), 64, "a device", 56, ACTIVATIONS, "activations a layer", norms=NORMS)
+RESNET_50 = Network(*parts(resnet50), 32, "a device", 224, 10**9, "GB")
 NETWORKS = {
-    "six layers": Network(six_layers, 64, "a device", 56, ACTIVATIONS, "activations a layer"),
-    "ResNet-50": Network(resnet50, 32, "a device", 224, 10**9, "GB"),
-    "ResNet-50, remat": Network(
-        SimpleNamespace(init=resnet50.init, make_step=partial(resnet50.make_step, remat=True), inputs=resnet50.inputs),
-        32,
-        "a device",
-        224,
-        10**9,
-        "GB",
+    "six layers": SIX_LAYERS,
+    "six layers, silu": SIX_LAYERS._replace(
+        make_step=partial(six_layers.make_step, activation=jax.nn.silu), targets=("h100:1",), norms=RIVALS
+    ),
+    "ResNet-50": RESNET_50,
+    "ResNet-50, remat": RESNET_50._replace(
+        make_step=partial(resnet50.make_step, remat=True),
         modes=("jit",),
         targets=("cpu:8", "h100:1", "v5e:4x4"),
+        norms=("jbn",),
     ),
     "example": Network(
-        example,
+        *parts(example),
         example.CONFIG.batch,
         "in all",
         32,
@@ -82,6 +91,7 @@ NETWORKS = {
         "GB",
         modes=("shard_map",),
         targets=(*GPUS, "v5e:2x4"),
+        norms=RIVALS,
         others=3 + example.CONFIG.batch * (32 * 32 * 3 + 1),  # and how many are correct, of how many; and the images
     ),
 }
@@ -144,9 +154,9 @@ def count(text: str, devices: int, besides: int) -> dict[str, Any]:
 
 def measure(target: str, network: Network, mode: str, norm: str) -> tuple[str, dict]:
     """The compiled program of one step, and what is counted in it."""
-    mesh, kind, program = mesh_of(target), resnet50.NORMS[norm], network.program
+    mesh, kind = mesh_of(target), resnet50.NORMS[norm]
     jax.clear_caches()  # what was traced before does not see a change
-    step, inputs = program.make_step(kind, mesh, mode), program.inputs(kind, mesh, network.batch, network.size)
+    step, inputs = network.make_step(kind, mesh, mode), network.inputs(kind, mesh, network.batch, network.size)
     lowered = step.lower(*inputs)
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -156,7 +166,7 @@ def measure(target: str, network: Network, mode: str, norm: str) -> tuple[str, d
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return text, {
         "devices": mesh.size,
-        **count(text, mesh.size, besides_norms(program.init, network.others)),
+        **count(text, mesh.size, besides_norms(network.init, network.others)),
         "bytes_accessed": cost["bytes accessed"] if cost else None,  # the compiler for GPU does not tell
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": arguments + memory.temp_size_in_bytes,
@@ -171,7 +181,7 @@ def measure_target(target: str, config: Config) -> None:
     for name, mode, norm in itertools.product(config.networks, config.modes, config.norms):
         network = NETWORKS[name]
         modes = network.modes[:1] if device_count(target) == 1 else network.modes
-        if target not in network.targets or mode not in modes:
+        if target not in network.targets or mode not in modes or norm not in network.norms:
             continue
         key, steps = f"{target} {name} {mode} {norm}", load(config)
         setting = {"batch": network.batch, "size": network.size, "versions": versions}

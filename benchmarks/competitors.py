@@ -3,8 +3,7 @@
     normalize(x, scale, bias, mean, var, mask) -> y, mean, var
 
 for x with its features on `axis`, the last or 1; mean and var [features] are the running ones, moved by a tenth towards
-the batch's in training. mask is None or as x with one feature, for those in MASKED. Those in WITH_ACTIVATION
-can have one, too. Epsilon is 1e-5.
+the batch's in training. mask is None or as x with one feature, for those in MASKED. Epsilon is 1e-5.
 """
 
 import os
@@ -132,4 +131,3 @@ JAX_PEERS = {
     "keras": with_keras,
 }
 MASKED = ("jbn", "flax linen", "flax nnx")
-WITH_ACTIVATION = ("jbn",)

@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ from config import PRESETS, Config
 CONFIG = Config(**PRESETS["accelerator"])
 IMAGES = 50_000
 OPTIMIZER = steps.make_optimizer(
-    CONFIG.peak_rate, CONFIG.epochs * (IMAGES // CONFIG.batch), momentum=CONFIG.momentum, weight_decay=5e-4
+    CONFIG.peak_rate,
+    CONFIG.epochs * (IMAGES // CONFIG.batch),
+    momentum=CONFIG.momentum,
+    weight_decay=CONFIG.weight_decay,
 )
 
 
@@ -33,18 +37,18 @@ def init(key: jax.Array, norm: Norm, depth=CONFIG.depth, width=CONFIG.width) -> 
 
 
 def make_step(norm: Norm, mesh: Mesh, mode: str = "shard_map", batch=CONFIG.batch, depth=CONFIG.depth):
-    """One step of the example's `train`, data parallel over `mesh`: step(carry, totals, images, order, key)."""
+    """One step of the example's `train`, data parallel over `mesh`, to be compiled: lower(carry, totals, ...)."""
 
     def normalize(x, params, state, *, axis_name, activation, **_):
         return norm.apply(x, params, state, axis_name, activation)
 
     apply = partial(model.apply, depth=depth, normalize=normalize)
     statistics = {"mean": np.full(3, 125, np.float32), "std": np.full(3, 63, np.float32)}
-    settings = {name: getattr(CONFIG, name) for name in ("smoothing", "cutout", "mirror")}
+    settings = {name: getattr(CONFIG, name) for name in ("smoothing", "cutout")}
     train, _ = steps.make_steps(
         apply, OPTIMIZER, mesh, batch=batch, dtype=jnp.dtype(CONFIG.dtype), **statistics, **settings
     )
-    return jax.jit(lambda *operands: train(*operands, 1), donate_argnums=(0, 1))
+    return SimpleNamespace(lower=lambda *operands: train.lower(*operands, 1))
 
 
 def inputs(norm: Norm, mesh: Mesh, batch: int, size: int = 32, depth=CONFIG.depth, width=CONFIG.width) -> tuple:

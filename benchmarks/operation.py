@@ -205,7 +205,7 @@ def prepare(config, shape, peers) -> dict:
                 assert np.mean(~np.isclose(value, np.float32(expected[3]), rtol=tolerance, atol=tolerance)) <= stray
             ways["alone"][name] = run
             continue
-        inside = {"activation": jax.nn.relu} if config.what == "relu" and name in competitors.WITH_ACTIVATION else {}
+        inside = {"activation": jax.nn.relu} if config.what == "relu" and name == "jbn" else {}
         normalize = competitors.JAX_PEERS[name](features, config.axis, config.what != "evaluation", **inside)
         step = partial(step_of, "training" if inside else config.what, normalize, mask)
         compiled, chain = jax.jit(step), jax.jit(partial(chained, step, config.chain))

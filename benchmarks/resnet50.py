@@ -38,20 +38,31 @@ def init_flax(features):
     return variables["params"], variables["batch_stats"]
 
 
-def apply_flax(x, params, state, axis_name, activation, *, fast):
+def apply_flax(x, params, state, axis_name, *, fast):
     from flax import linen as nn
 
     layer = nn.BatchNorm(
         use_running_average=False, momentum=0.9, dtype=x.dtype, axis_name=axis_name, use_fast_variance=fast
     )
     y, updated = layer.apply({"params": params, "batch_stats": state}, x, mutable=["batch_stats"])
-    return y if activation is None else activation(y), updated["batch_stats"]
+    return y, updated["batch_stats"]
+
+
+def behind(apply: Callable) -> Callable:
+    """With the activation behind `apply`, which takes none."""
+
+    def both(x, params, state, axis_name, activation):
+        y, state = apply(x, params, state, axis_name)
+        return y if activation is None else activation(y), state
+
+    return both
 
 
 NORMS = {
     "jbn": Norm(jbn.init, apply_jbn),
-    "flax fast": Norm(init_flax, partial(apply_flax, fast=True)),
-    "flax two-pass": Norm(init_flax, partial(apply_flax, fast=False)),
+    "jbn, relu behind": Norm(jbn.init, behind(partial(apply_jbn, activation=None))),
+    "flax fast": Norm(init_flax, behind(partial(apply_flax, fast=True))),
+    "flax two-pass": Norm(init_flax, behind(partial(apply_flax, fast=False))),
 }
 
 

@@ -1,4 +1,4 @@
-"""Six layers of 3x3 convolution, batch norm and relu, forward and backward: what a norm costs, compiled in seconds."""
+"""Six layers of 3x3 convolution, batch norm and activation, forward and backward: what a norm costs."""
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,18 @@ def init(key: jax.Array, norm: Norm) -> tuple[list, list]:
     return params, [state] * LAYERS
 
 
-def apply(params, state, x, norm: Norm, axis_name=None) -> tuple[jax.Array, list]:
+def apply(params, state, x, norm: Norm, axis_name=None, activation=jax.nn.relu) -> tuple[jax.Array, list]:
     """The last layer's output for `x` [batch, height, width, WIDTH], and the new state."""
     new_state = []
     for layer, moving in zip(params, state, strict=True):
         kernel = layer["kernel"].astype(x.dtype)
         x = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x, moving = norm.apply(x, layer["norm"], moving, axis_name, jax.nn.relu)
+        x, moving = norm.apply(x, layer["norm"], moving, axis_name, activation)
         new_state.append(moving)
     return x, new_state
 
 
-def make_step(norm: Norm, mesh: Mesh, mode: str):
+def make_step(norm: Norm, mesh: Mesh, mode: str, activation=jax.nn.relu):
     """A jitted `step(params, state, x)`, data parallel over `mesh`; gives gradients, new state and the mean output.
 
     `mode`: as for ResNet-50.
@@ -38,7 +38,7 @@ def make_step(norm: Norm, mesh: Mesh, mode: str):
     named = mode == "shard_map"
 
     def mean(params, state, x):
-        y, state = apply(params, state, x, norm, AXIS if named else None)
+        y, state = apply(params, state, x, norm, AXIS if named else None, activation)
         return jnp.mean(y, dtype=jnp.float32) / (mesh.size if named else 1), state
 
     def step(params, state, x):

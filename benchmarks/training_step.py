@@ -74,8 +74,7 @@ def with_jbn(config, convolve=convolution.convolve, remat=False, **options):
     own = convolve is convolution.convolve and jax.default_backend() == "cpu"
     apply = partial(model.apply, depth=config.depth, train=True, convolve=convolve, **options)
     if remat:
-        policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
-        apply = jax.checkpoint(apply, policy=policy)
+        apply = jax.checkpoint(apply, policy=model.REMAT_POLICY)
     return apply, *model.init(jax.random.key(0), config.depth), convolution.CPU_OPTIONS if own else {}
 
 

@@ -57,11 +57,10 @@ def _activation_tangent(x, weights, coefficients: Affine, parts, axes, activatio
     TPU do worse with that.
     """
 
-    def together(own, first, second, third):
-        del own
-        return jax.jvp(activation, (_before_activation(x, weights, coefficients, axes),), (first + second + third,))[1]
+    def together(first, second, third):
+        return _along(activation, _before_activation(x, weights, coefficients, axes), first + second + third)
 
-    def apart(own, *parts):
+    def apart(*parts):
         first, second, third = map(along, lax.optimization_barrier((own,) * 3), parts)
         return first + second + third
 
@@ -70,11 +69,16 @@ def _activation_tangent(x, weights, coefficients: Affine, parts, axes, activatio
         y = deviation(x, weights, own[0], axes) * slope + shift
         if activation is jax.nn.relu:
             return lax.stop_gradient(jnp.sign(jnp.maximum(y, 0))) * part
-        return jax.jvp(activation, (y,), (jnp.broadcast_to(part, y.shape),))[1]
+        return _along(activation, y, part)
 
     mean, low, slope, bias = coefficients
     own = mean, slope, bias - low * slope
-    return lax.platform_dependent(own, *parts, cuda=apart, rocm=apart, default=together)
+    return lax.platform_dependent(*parts, cuda=apart, rocm=apart, default=together)
+
+
+def _along(activation: Callable, y, y_dot):
+    """The tangent of `activation` at `y` for `y_dot`, which may be broadcast along axes, of devices too."""
+    return jax.jvp(lambda shift: activation(y + shift), (jnp.zeros_like(y_dot),), (y_dot,))[1]
 
 
 def standardize(measured: Moments, params: Params, epsilon) -> Affine:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._affine import affine, affine_tangent, normalize_by_given, standardize
+from jbn._affine import affine_tangent, normalize_by_given, standardize
 from jbn._check import check_activation, check_batch, check_epsilon, check_groups, check_more_than_one
 from jbn._fields import check_center, check_fields, features_of
 from jbn._layout import automatically, everywhere, layout_of
-from jbn._measure import materialize, measure, measure_tangent, named_moments, remat, select, settled
+from jbn._measure import materialize, measure_tangent, named_moments, remat, select, settled
 from jbn._measuring import held_by
 from jbn._merge import combine
 from jbn._pool import check_pool
@@ -158,13 +158,13 @@ def normalize_running(
     return normalize_by_given(axes, activation, x, weights, coefficients)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _by_batch(axes, pool, coefficients, activation, x, weights, center, *operands):
-    """Measure `x` [...] and apply the affine map of `coefficients(measured, *operands)`; `y` and what was measured."""
-    measured = measure(x, weights, center, axes, pool)
-    return affine(x, weights, coefficients(measured, *operands), axes, activation), measured
+def _measure_and_apply(axes, pool, coefficients, activation, x, weights, center, *operands):
+    """`y` by the affine map of `coefficients(measured, *operands)`, and what was measured of `x` [...]."""
+    measured = named_moments(axes, pool, x, weights, center)
+    return normalize_by_given(axes, activation, x, weights, coefficients(measured, *operands)), measured
 
 
+_by_batch = jax.custom_jvp(_measure_and_apply, nondiff_argnums=(0, 1, 2, 3))
 normalize_by_batch = jax.jit(_by_batch, static_argnums=(0, 1, 2, 3))  # traced once for all layers of one shape
 
 
@@ -179,10 +179,8 @@ def _by_batch_jvp(axes, pool, coefficients, activation, primals, tangents):
         affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
         return affine_tangent(x, weights, affine, affine_dot, x_dot, axes, activation), measured_dot
 
-    # In two steps, as a policy of `jax.checkpoint` does not see what is inside of a rule.
-    x, weights, center, *operands = primals
-    measured = named_moments(axes, pool, x, weights, center)
-    y = normalize_by_given(axes, activation, x, weights, coefficients(measured, *operands))
+    # Not by `_by_batch`, as a policy of `jax.checkpoint` does not see what is inside of a rule.
+    y, measured = _measure_and_apply(axes, pool, coefficients, activation, *primals)
     return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
 
 

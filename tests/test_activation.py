@@ -139,29 +139,38 @@ def test_on_gpus_each_of_the_sums_and_dx_masks_for_itself():
         assert found == ([3, 1] if platform in ("cuda", "rocm") else [0, 0]), platform
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "vmap",
-        "pmap",
-        "shard_map",
-        "shard_map unchecked",
-        "scan in shard_map",
-        "vmap of shard_map",
-        "automatic, features",
-        "explicit, features",
-        "explicit, features in shard_map",
-        "explicit, partly manual",
-        "vmap of explicit, rows",
-    ],
+WAYS = (
+    "vmap",
+    "pmap",
+    "shard_map",
+    "shard_map unchecked",
+    "scan in shard_map",
+    "vmap of shard_map",
+    "automatic, features",
+    "explicit, features",
+    "explicit, features in shard_map",
+    "explicit, partly manual",
+    "vmap of explicit, rows",
 )
-def test_the_split_batch_is_the_whole(way):
-    """Masked, so that shards differ, against the float64 reference with dy masked where y is not positive."""
+
+
+@pytest.mark.parametrize(
+    ("way", "activation"), [*product(WAYS, ["silu"]), ("shard_map", "relu"), ("shard_map", "square")]
+)
+def test_the_split_batch_is_the_whole(way, activation):
+    """Masked, so that shards differ, against the float64 reference with its dy multiplied by the derivative at y."""
+    inside = (ACTIVATIONS | {"square": lambda y: y * y})[activation]
     x, mask, dy = batch = ways.batch(masked=True)
     ((y, *_),) = ways.expected([batch], ways.PARAMS, STATE)
-    ((_, *rest),) = ways.expected([(x, mask, np.where(y > 0, dy, 0))], ways.PARAMS, STATE)
-    wanted = np.maximum(y, 0), *rest
-    normalize = partial(jbn.batch_norm, activation=jax.nn.relu)
+    sigmoid = 1 / (1 + np.exp(-y))
+    value, slope = {
+        "relu": (np.maximum(y, 0), y > 0),
+        "silu": (y * sigmoid, sigmoid * (1 + y * (1 - sigmoid))),
+        "square": (y * y, 2 * y),
+    }[activation]
+    ((_, *rest),) = ways.expected([(x, mask, slope * dy)], ways.PARAMS, STATE)
+    wanted = value, *rest
+    normalize = partial(jbn.batch_norm, activation=inside)
     if way in ways.SCANS:
         operands = jax.tree.map(lambda a: a[None], batch)
         got = jax.tree.map(lambda a: a[0], ways.runner(way, normalize)(operands, ways.PARAMS, STATE))

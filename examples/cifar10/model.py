@@ -12,6 +12,8 @@ import jbn
 
 Depth = Literal[8, 20, 32, 56]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
 DEPTHS: tuple[int, ...] = get_args(Depth)
+# For jax.checkpoint: the convolutions' outputs and the measured moments are kept, all else is made again.
+REMAT_POLICY = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
 
 
 def init(
@@ -65,8 +67,7 @@ def apply(
     """Logits [batch, classes] in float32 for images [batch, 32, 32, 3], and the new state.
 
     Computes in the dtype of the images. With `axis_name`, statistics are pooled over that axis; `decay` is that of the
-    running statistics. `normalize` and `convolve` may be others than these, with the same arguments. A policy of
-    `jax.checkpoint` knows what the convolutions give by the name "convolution".
+    running statistics. `normalize` and `convolve` may be others than these, with the same arguments.
     """
     new_state = {}
 

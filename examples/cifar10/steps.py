@@ -11,6 +11,7 @@ import optax
 from convolution import CPU_OPTIONS
 from jax import lax
 from jax.sharding import PartitionSpec
+from model import REMAT_POLICY
 
 AXIS = "data"
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
@@ -157,9 +158,7 @@ def make_steps(
     averager = averager or optax.identity()
     forward = partial(apply, train=True, axis_name=AXIS)
     if remat:
-        policy = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
-        forward = jax.checkpoint(forward, policy=policy)
-
+        forward = jax.checkpoint(forward, policy=REMAT_POLICY)
     options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
 
     def on_mesh(step, others):

@@ -3,6 +3,7 @@
 from functools import partial
 
 import communication
+import example
 import hlo
 import jax
 import jax.numpy as jnp
@@ -136,6 +137,11 @@ NETWORKS = {
         lambda norm, mesh: six_layers.inputs(norm, mesh, batch=2, size=4),
         six_layers.init,
     ),
+    "six layers, silu": (
+        partial(six_layers.make_step, activation=jax.nn.silu),
+        lambda norm, mesh: six_layers.inputs(norm, mesh, batch=2, size=4),
+        six_layers.init,
+    ),
 }
 
 
@@ -151,4 +157,20 @@ def test_a_small_network(mesh, mode, make_step, inputs, init):
     assert jbn["branches"] == 0
     assert jbn["collectives"].total() <= flax["collectives"].total()
     assert 0 < jbn["norm_bytes"] <= flax["norm_bytes"]
+    assert jbn["other_bytes"] == flax["other_bytes"]
+
+
+def test_the_examples_step(mesh):
+    small = {"depth": 8, "width": 4}
+    init = partial(example.init, **small)
+    others = 3 + 16 * (32 * 32 * 3 + 1)  # as in `communication.NETWORKS`, for 16 images
+    counted = {}
+    for name in ("jbn", "jbn, relu behind", "flax fast"):
+        norm = resnet50.NORMS[name]
+        step = example.make_step(norm, mesh, batch=16, depth=8)
+        text = step.lower(*example.inputs(norm, mesh, batch=16, **small)).compile().as_text()
+        counted[name] = communication.count(text, mesh.size, communication.besides_norms(init, others))
+    assert counted["jbn"]["branches"] == counted["flax fast"]["branches"]  # the loops of random numbers on a CPU
+    jbn, flax = counted["jbn"], counted["flax fast"]
+    assert 0 < jbn["norm_bytes"] == counted["jbn, relu behind"]["norm_bytes"] <= flax["norm_bytes"]
     assert jbn["other_bytes"] == flax["other_bytes"]
