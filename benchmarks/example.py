@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def make_step(norm: Norm, mesh: Mesh, mode: str = "shard_map", batch=CONFIG.batc
     train, _ = steps.make_steps(
         apply, OPTIMIZER, mesh, batch=batch, dtype=jnp.dtype(CONFIG.dtype), **statistics, **settings
     )
-    return SimpleNamespace(lower=lambda *operands: train.lower(*operands, 1))
+    return SimpleNamespace(lower=lambda *operands: cast(Any, train).lower(*operands, 1))
 
 
 def inputs(norm: Norm, mesh: Mesh, batch: int, size: int = 32, depth=CONFIG.depth, width=CONFIG.width) -> tuple:
