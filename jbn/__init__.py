@@ -1,4 +1,17 @@
-"""Batch normalization for JAX as pure functions."""
+"""Batch normalization for JAX as pure functions: state goes in and comes out.
+
+Start:          `init` makes `Params` (learned) and `State` (running statistics)
+Every day:      `batch_norm` in training and evaluation; `batch_renorm` for small batches, with `renorm_limits`
+In two parts:   `normalize_batch` or `normalize_running`, and `update` of the running statistics
+Measure:        `moments` of a batch, `merge` of several; `empty_moments` to accumulate
+Whole networks: `recalibrate` to exact statistics, `drift` from them, `merge_states` of several runs
+Inference:      `fold` and `fold_into` the linear map before
+By name:        `jbn.linen`, `jbn.nnx`, `jbn.equinox` (layers); `jbn.convert`, `jbn.presets` (other libraries' arrays
+                and settings)
+
+All take features last (`feature_axis`), statistics in float32, masks and weights (`weights`), and pool over named axes
+of devices (`axis_name`). `help(jbn.batch_norm)` has the formula, every argument and an example.
+"""
 
 from jbn._batch_norm import batch_norm
 from jbn._drift import Drift, drift

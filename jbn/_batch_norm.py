@@ -52,8 +52,9 @@ def batch_norm(
 
     Args:
       x: [...], float16, bfloat16, float32 or float64; statistics are float32 (float64 for float64 `x`).
-      params, state: as made by `init`, fields of shape `[*features]`. In training, `Moments` in the place of the state
-        accumulate where a state decays: see `update`.
+      params: as made by `init`, fields of shape `[*features]`.
+      state: as made by `init`, fields of shape `[*features]`. In training, `Moments` in its place accumulate where a
+        state decays: see `update`.
       train: a Python bool, known when the program is compiled.
       decay: weight of the old running value, in [0, 1]; may be traced. One minus PyTorch's momentum.
       epsilon: added to the variance; may be traced.
@@ -83,7 +84,7 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(3)
       >>> x = jnp.arange(12.0).reshape(4, 3)
       >>> y, state = jbn.batch_norm(x, params, state, train=True)

@@ -13,17 +13,19 @@ from jbn._types import is_state
 
 
 class Drift(NamedTuple):
-    """What stands in the place of a `State`: how far it is from the data, each feature by itself."""
+    """What stands in the place of a `State`: how far it is from the data, each feature by itself.
 
-    # [*features], how many values were measured; where none was, the rest is 0, and the ratio 1
+    Attributes:
+      count: [*features], how many values were measured; where none was, the rest is 0, and the ratio 1.
+      shift: [*features], in running standard deviations: above 0 where the data's mean is above the running one.
+      ratio: [*features], standard deviation of the data to the running one.
+      error: [*features], what both do to the output in evaluation, in standard deviations of that in training.
+    """
+
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    shift: (
-        jax.Array
-    )  # [*features], in running standard deviations: above 0 where the data's mean is above the running one
-    ratio: jax.Array  # [*features], standard deviation of the data to the running one
-    error: (
-        jax.Array
-    )  # [*features], what both do to the output in evaluation, in standard deviations of that in training
+    shift: jax.Array
+    ratio: jax.Array
+    error: jax.Array
 
 
 def drift(
@@ -51,7 +53,9 @@ def drift(
     evaluation, and none with that of training, it is of the data: how it was prepared, or what it is.
 
     Args:
-      apply, params, states: as in `recalibrate`. The states are left as they are.
+      apply: as in `recalibrate`.
+      params: as in `recalibrate`.
+      states: as in `recalibrate`; they are left as they are.
       batches: passed to `apply` one by one, once: any iterable, such as a list, an array (one batch a row) or a
         generator.
       epsilon: that of the network.
@@ -64,7 +68,7 @@ def drift(
 
     Source: what "precise" statistics mend, in Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(2)
       >>> state = state._replace(mean=jnp.array([0.0, 5.0]), var=jnp.array([1.0, 4.0]), weight=jnp.ones(2))
       >>> apply = lambda params, state, x: jbn.batch_norm(x, params, state, train=True)

@@ -20,8 +20,8 @@ def fold(params: Params, state: State, *, epsilon: float | jax.Array = 1e-5) -> 
     Far from 0 the two terms cancel: with mean/std of 1e4, digits are lost that `normalize_running` keeps.
 
     Args:
-      params, state: fields of shape `[*features]`; a scale or bias of `None` is 1 or 0. The state is used as it stands,
-        whatever its evidence.
+      params: fields of shape `[*features]`; a scale or bias of `None` is 1 or 0.
+      state: fields of shape `[*features]`. It is used as it stands, whatever its evidence.
       epsilon: that of the network.
 
     Returns:
@@ -30,7 +30,7 @@ def fold(params: Params, state: State, *, epsilon: float | jax.Array = 1e-5) -> 
     Raises:
       TypeError, ValueError: as `normalize_running`.
 
-    Example:
+    Examples:
       >>> params = jbn.Params(jnp.array([3.0]), jnp.array([1.0]))
       >>> slope, shift = jbn.fold(params, jbn.State(jnp.array([2.0]), jnp.array([4.0])), epsilon=0.0)
       >>> slope.tolist(), shift.tolist()
@@ -61,7 +61,8 @@ def fold_into(
       kernel: [..., outputs]: [inputs, outputs], [height, width, inputs, outputs], [outputs, inputs, height, width] with
         `output_axis=0`, of a depthwise convolution [height, width, 1, outputs] and so on.
       bias: `[*features]`, or `None`.
-      params, state: fields of shape `[*features]`, as in `fold`.
+      params: fields of shape `[*features]`, as in `fold`.
+      state: fields of shape `[*features]`, as in `fold`.
       epsilon: that of the network.
       output_axis: the axis or axes of the kernel along which the features of its output lie: -1 for JAX's HWIO, also
         depthwise and transposed; 0 for PyTorch's OIHW, and 1 for its transposed convolutions in one group.
@@ -77,7 +78,7 @@ def fold_into(
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", section 3.2.
 
-    Example:
+    Examples:
       >>> params, state = jbn.Params(jnp.array([3.0]), None), jbn.State(jnp.array([2.0]), jnp.array([4.0]))
       >>> kernel, bias = jbn.fold_into(jnp.array([[10.0]]), None, params, state, epsilon=0.0)
       >>> kernel.tolist(), bias.tolist()

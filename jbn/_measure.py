@@ -72,7 +72,7 @@ def moments(
 
     Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eqs. 1.5 and 1.7.
 
-    Example:
+    Examples:
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0], [jnp.nan, jnp.nan]])
       >>> m = jbn.moments(x, weights=jnp.array([True, True, False]))
       >>> m.count.item(), m.mean.tolist(), m.var.tolist()

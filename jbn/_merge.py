@@ -40,7 +40,7 @@ def merge(*moments: Moments) -> Moments:
 
     Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
 
-    Example:
+    Examples:
       >>> a, b = jnp.array([[1.0], [2.0]]), jnp.array([[6.0]])
       >>> m = jbn.merge(jbn.moments(a), jbn.moments(b))
       >>> m.count.item(), m.mean.item(), round(m.var.item(), 4)
@@ -87,7 +87,7 @@ def merge_states(*states: States, shares: ArrayLike | None = None) -> States:
 
     Source: Chan, Golub & LeVeque 1979, as `merge`.
 
-    Example:
+    Examples:
       >>> run = jbn.State(jnp.array([1.0]), jnp.array([2.0]), jnp.array([1.0]))
       >>> other = jbn.State(jnp.array([4.0]), jnp.array([2.0]), jnp.array([0.5]))
       >>> _, fresh = jbn.init(1)

@@ -54,8 +54,10 @@ def normalize_batch(
         one message to measure it, rather than two; see `moments`. Where it was too far away `batch_norm` starts the
         running statistics anew; `update`, which does not know of it, takes the variance as it is.
       epsilon: added to the variance; may be traced. A feature that is constant gives the bias even where this is 0.
-      feature_axis, weights, axis_name, axis_index_groups: as in `moments`. Where the weight is 0, the output and its
-        gradient are 0.
+      feature_axis: the axis or axes that keep their own statistics; all others are reduced.
+      weights: as in `moments`. Where the weight is 0, the output and its gradient are 0.
+      axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool over; see `moments`.
+      axis_index_groups: pool only within these subgroups of `axis_name`; see `moments`.
       groups: cut axis 0 into so many equal groups and normalize each by its own statistics, pooled over `axis_name`
         ("ghost" batch normalization, Hoffer, Hubara & Soudry 2017, algorithm 1). The moments are those of all groups.
       interleaved: row i belongs to group i mod `groups`, rather than the groups being contiguous.
@@ -75,7 +77,7 @@ def normalize_batch(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 1 and section 3.
 
-    Example:
+    Examples:
       >>> params, _ = jbn.init(1)
       >>> y, moments = jbn.normalize_batch(jnp.array([[1.0], [3.0]]), params)
       >>> y.round(3).tolist(), moments.mean.tolist(), moments.var.tolist()
@@ -122,8 +124,10 @@ def normalize_running(
       x: [...], float16, bfloat16, float32 or float64.
       params: `Params` with fields of shape `[*features]`.
       state: `State` or `Moments` with fields of shape `[*features]`.
-      epsilon, feature_axis, activation: as in `normalize_batch`.
+      epsilon: added to the variance; may be traced.
+      feature_axis: the axis or axes that keep their own statistics.
       weights: as in `moments`; all they do here is to blank: where the weight is 0, the output and its gradient are 0.
+      activation: a function of each element behind the normalization; see `normalize_batch`.
 
     Returns:
       `y` with the shape and dtype of `x`.
@@ -135,7 +139,7 @@ def normalize_running(
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization", algorithm 2.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(1)
       >>> state = state._replace(mean=jnp.array([2.0]), var=jnp.array([4.0]))
       >>> jbn.normalize_running(jnp.array([[4.0]]), params, state).round(3).tolist()

@@ -76,7 +76,7 @@ def recalibrate(
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; passes after the first are ours.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(1)
       >>> batches = [jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [4.0], [5.0]])]
       >>> apply = lambda params, state, x: jbn.batch_norm(x, params, state, train=True)

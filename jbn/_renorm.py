@@ -58,11 +58,21 @@ def batch_renorm(
     Evaluation is that of `batch_norm`.
 
     Args:
-      x, params, state, train, decay, epsilon, feature_axis, weights, axis_name, axis_index_groups, unbiased,
-        activation: as in `batch_norm`, but `state` is a `State`.
+      x: as in `batch_norm`, as all that is not named below.
+      params: fields of shape `[*features]`.
+      state: a `State`, fields of shape `[*features]`; it cannot be `Moments` here.
+      train: a Python bool, known when the program is compiled.
       r_max: at least 1; may be infinite or traced. `renorm_limits` gives the schedule of the paper.
       r_min: in [0, 1], may be traced; 1 / r_max, as in the paper, where it is not given.
       d_max: at least 0; may be infinite or traced.
+      decay: weight of the old running value, in [0, 1]; may be traced.
+      epsilon: added to the variance; may be traced.
+      feature_axis: the axis or axes that keep their own statistics.
+      weights: a mask, numbers of repeats or real-valued weights; see `moments`.
+      axis_name: the axis or axes of `vmap`, `pmap` or `shard_map` to pool statistics over.
+      axis_index_groups: pool only within these subgroups of `axis_name`.
+      unbiased: divide the running variance by count - 1 rather than by count.
+      activation: a function of each element behind the normalization; see `normalize_batch`.
 
     Returns:
       `y` with the shape and dtype of `x`, and the new `State`.
@@ -72,7 +82,7 @@ def batch_renorm(
 
     Source: Ioffe 2017, "Batch Renormalization", algorithm 1.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(1)
       >>> state = state._replace(mean=jnp.array([1.0]), var=jnp.array([4.0]), weight=jnp.array([1.0]))
       >>> y, state = jbn.batch_renorm(jnp.array([[1.0], [3.0]]), params, state, train=True)
@@ -138,7 +148,9 @@ def renorm_limits(
 
     Args:
       step: the number of the training step, may be traced.
-      start, r_end, d_end: in steps; the defaults are the paper's.
+      start: the last step of plain batch norm, as in the paper by default.
+      r_end: the step at which `r_max` is open, as in the paper by default.
+      d_end: the step at which `d_max` is open, as in the paper by default.
 
     Returns:
       `r_max` and `d_max`, float32 of shape `[]`.
@@ -148,7 +160,7 @@ def renorm_limits(
 
     Source: Ioffe 2017, "Batch Renormalization", section 4.
 
-    Example:
+    Examples:
       >>> r_max, d_max = jbn.renorm_limits(15_000)
       >>> round(float(r_max), 3), float(d_max)
       (1.571, 2.5)

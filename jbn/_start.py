@@ -1,6 +1,7 @@
 """How params, states and moments start."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def init(
       ValueError: `features` is not a positive size or a tuple of them.
       TypeError: `features` holds something that is not an int, or `dtype` is not a floating-point type.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(64)
       >>> params.scale.shape, state.var.shape, float(state.weight.max())
       ((64,), (64,), 0.0)
@@ -54,7 +55,7 @@ def init(
     return params, state
 
 
-def empty_moments(states):
+def empty_moments(states: Any) -> Any:
     """Empty `Moments`, count 0, in the place of every `State` of a pytree: where accumulation starts.
 
     `batch_norm` and `update` take them for the state, and merge into them what they measure: see `update`.
@@ -68,7 +69,7 @@ def empty_moments(states):
     Raises:
       TypeError: there is no `State` in `states`.
 
-    Example:
+    Examples:
       >>> _, state = jbn.init(2)
       >>> total = jbn.empty_moments(state)
       >>> total = jbn.update(total, jbn.moments(jnp.array([[1.0, 10.0], [3.0, 30.0]])))

@@ -7,10 +7,15 @@ import jax.export
 
 
 class Params(NamedTuple):
-    """What the optimizer learns. A `None` field stands for 1 (scale) or 0 (bias)."""
+    """What the optimizer learns: y = scale * xhat + bias.
 
-    scale: jax.Array | None  # [*features]
-    bias: jax.Array | None  # [*features]
+    Attributes:
+      scale: [*features]; `None` stands for 1.
+      bias: [*features]; `None` stands for 0.
+    """
+
+    scale: jax.Array | None
+    bias: jax.Array | None
 
 
 class State(NamedTuple):
@@ -19,11 +24,17 @@ class State(NamedTuple):
     The fields can be read as they stand: nothing has to be debiased before use. Every feature stands for itself, so
     `tree.map` slices, joins and shards states along their features. Where a function is given `State(mean, var)`, a
     number or a list, each stands for an array and the weight for 1; to slice, scan or shard a state, make it of arrays.
+
+    Attributes:
+      mean: [*features], float32 or float64.
+      var: [*features], float32 or float64.
+      weight: [*features], in [0, 1], the share of the averages that is data: 1 - decay^steps after so many steps, so
+        that early averages need no correction. 0 is no evidence at all: a fresh state, whose mean 0 and variance 1 the
+        first batch replaces, or a feature whose last batch was far away (see `batch_norm`). 1 is full evidence.
     """
 
-    mean: jax.Array  # [*features], float32 or float64
-    var: jax.Array  # [*features], float32 or float64
-    # [*features], how much evidence is in mean and var: 0 = none, of a fresh state or after a batch far away, 1 = full
+    mean: jax.Array
+    var: jax.Array
     weight: jax.Array | float = 1.0
 
 
@@ -35,14 +46,20 @@ class Moments(NamedTuple):
 
     `count**2 / squares` is the effective number of values (Kish 1965, "Survey Sampling", section 11.2), the same in
     every unit of the weights: the count itself where weights are a mask, or whole numbers in an integer dtype.
+
+    Attributes:
+      count: [], the number of values per feature, or the sum of their weights; [*features] where weights differ between
+        features.
+      mean: [*features].
+      var: [*features], divided by count.
+      mean_low: [*features].
+      squares: as count: the sum of the squared weights where those are real numbers; `None` stands for count.
     """
 
-    # [], the number of values per feature, or the sum of their weights; [*features] where weights differ between them
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    mean: jax.Array  # [*features]
-    var: jax.Array  # [*features], divided by count
-    mean_low: jax.Array | float = 0.0  # [*features]
-    # as count: the sum of the squared weights where those are real numbers; `None` stands for count
+    mean: jax.Array
+    var: jax.Array
+    mean_low: jax.Array | float = 0.0
     squares: jax.Array = None  # pyright: ignore[reportAssignmentType]
 
 

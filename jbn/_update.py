@@ -59,7 +59,7 @@ def update(
 
     Source: Ioffe & Szegedy 2015, section 3.1; debiased as in Kingma & Ba 2015, "Adam", section 3.
 
-    Example:
+    Examples:
       >>> _, state = jbn.init(1)
       >>> x = jnp.array([[1.0], [3.0]])
       >>> state = jbn.update(state, jbn.moments(x), decay=0.9)

@@ -50,8 +50,9 @@ def from_torch(
     Args:
       entries: running_mean and running_var `[features]`; weight and bias where there are any; num_batches_tracked,
         which is not used. Tensors or arrays, on any device, with or without gradient.
-      steps, decay: both, to take out the initial values; see above. `steps` is num_batches_tracked if that counted from
-        the start, `decay` is one minus momentum. With momentum=None, a cumulative average, nothing of them is left.
+      steps: with `decay`, to take out the initial values; see the module. It is num_batches_tracked if that counted
+        from the start. With momentum=None, a cumulative average, nothing of them is left.
+      decay: one minus momentum.
 
     Returns:
       `Params`, with `None` for what is missing, and `State` with fields `[features]`.
@@ -60,7 +61,7 @@ def from_torch(
       TypeError: `entries` is no mapping, or an entry is not a floating-point array.
       ValueError: a name is missing or unknown, shapes differ, or `steps` and `decay` do not fit.
 
-    Example:
+    Examples:
       >>> entries = {"running_mean": jnp.array([1.5]), "running_var": jnp.array([3.25])}
       >>> params, state = from_torch(entries)
       >>> params.scale, state.mean.tolist(), state.var.tolist(), state.weight.tolist()
@@ -85,7 +86,8 @@ def to_torch(params: Params, state: State, *, steps: int = 0) -> dict[str, np.nd
         layer.load_state_dict({name: torch.from_numpy(value) for name, value in to_torch(params, state).items()})
 
     Args:
-      params, state: fields of shape `[features]`. A scale or bias of `None` is left out, as with affine=False.
+      params: fields of shape `[features]`. A scale or bias of `None` is left out, as with affine=False.
+      state: fields of shape `[features]`.
       steps: num_batches_tracked, which matters to PyTorch only with momentum=None. It is not the number of steps behind
         `state`, unless given: `from_torch(..., steps=)` has to be told that of a layer that loaded these entries.
 
@@ -93,7 +95,7 @@ def to_torch(params: Params, state: State, *, steps: int = 0) -> dict[str, np.nd
       weight, bias, running_mean, running_var, num_batches_tracked as NumPy arrays. bfloat16, which NumPy has not, is
       float32.
 
-    Example:
+    Examples:
       >>> sorted(to_torch(*jbn.init(3, bias=False)))
       ['num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
@@ -110,7 +112,8 @@ def find_torch(state_dict: Mapping[str, Any], *, steps: int | None = None, decay
 
     Args:
       state_dict: tensors or arrays by their full names.
-      steps, decay: as in `from_torch`, the same for all layers.
+      steps: as in `from_torch`, the same for all layers.
+      decay: as in `from_torch`, the same for all layers.
 
     Returns:
       `Found`: `layers`, by prefix, in the order of `state_dict`, where "" is the prefix of a batch norm's own; and
@@ -119,7 +122,7 @@ def find_torch(state_dict: Mapping[str, Any], *, steps: int | None = None, decay
     Raises:
       TypeError, ValueError: as `from_torch`, which also names the layer.
 
-    Example:
+    Examples:
       >>> zeros, ones = jnp.zeros(2), jnp.ones(2)
       >>> state_dict = {"bn.running_mean": zeros, "bn.running_var": ones, "norm.weight": ones, "norm.bias": zeros}
       >>> found = find_torch(state_dict)
@@ -164,7 +167,8 @@ def from_flax(
         `None`. Of an nnx layer `nnx.state(layer, nnx.Param)`.
       batch_stats: mean and var `[*features]`, and the weight of jbn's own layers with debias. Of an nnx layer
         `nnx.state(layer, nnx.BatchStat)`.
-      steps, decay: both, to take out the initial values; see above. `decay` is Flax's momentum.
+      steps: with `decay`, to take out the initial values; see the module.
+      decay: Flax's momentum.
 
     Returns:
       `Params`, with `None` for what is missing, and `State` with fields `[*features]`.
@@ -172,7 +176,7 @@ def from_flax(
     Raises:
       TypeError, ValueError: as `from_torch`.
 
-    Example:
+    Examples:
       >>> params, state = from_flax({"bias": jnp.array([0.5])}, {"mean": jnp.array([1.0]), "var": jnp.array([4.0])})
       >>> params.scale, params.bias.tolist(), state.var.tolist(), state.weight.tolist()
       (None, [0.5], [4.0], [1.0])
@@ -192,7 +196,7 @@ def to_flax(params: Params, state: State) -> tuple[dict[str, jax.Array], dict[st
     They evaluate as `state` does, and Flax goes on from there with full evidence, whatever the weight. An nnx layer
     takes both at once: `nnx.update(layer, {**params, **batch_stats})`.
 
-    Example:
+    Examples:
       >>> params, batch_stats = to_flax(*jbn.init(3, bias=False))
       >>> list(params), list(batch_stats)
       (['scale'], ['mean', 'var'])
@@ -211,7 +215,8 @@ def from_keras(
       weights: the layer's `weights`, a list of variables, which have a path or a name; or arrays by name. They are
         known by the last part of the name: gamma, beta (either may be missing), moving_mean and moving_variance, as in
         "bn1/gamma" or "model/bn1/gamma:0". The list of arrays of `get_weights()` has no names and is refused.
-      steps, decay: both, to take out the initial values; see above. `decay` is Keras's momentum.
+      steps: with `decay`, to take out the initial values; see the module.
+      decay: Keras's momentum.
 
     Returns:
       `Params`, with `None` for what is missing, and `State` with fields `[features]`.
@@ -220,7 +225,7 @@ def from_keras(
       TypeError: an item has no name, or is not a floating-point array.
       ValueError: as `from_torch`, or two names end alike, as those of two layers.
 
-    Example:
+    Examples:
       >>> weights = {"bn1/gamma": jnp.ones(2), "bn1/moving_mean": jnp.zeros(2), "bn1/moving_variance": jnp.ones(2)}
       >>> params, state = from_keras(weights)
       >>> params.scale.tolist(), params.bias
@@ -256,7 +261,7 @@ def to_keras(params: Params, state: State) -> dict[str, np.ndarray]:
         weights = to_keras(params, state)
         layer.set_weights([weights[variable.name] for variable in layer.weights])
 
-    Example:
+    Examples:
       >>> list(to_keras(*jbn.init(3, scale=False)))
       ['beta', 'moving_mean', 'moving_variance']
     """
@@ -275,8 +280,9 @@ def from_haiku(
 
     Args:
       params: scale and offset, either of which may be missing; of a layer without them `{}` or `None`.
-      mean_ema, var_ema: hidden, average and counter: state["batch_norm/~/mean_ema"] and so on. Reduced axes, which
-        have size 1 there, are dropped.
+      mean_ema: hidden, average and counter: state["batch_norm/~/mean_ema"]. Reduced axes, which have size 1 there, are
+        dropped.
+      var_ema: the same: state["batch_norm/~/var_ema"].
       decay: the layer's decay_rate.
 
     Returns:
@@ -286,7 +292,7 @@ def from_haiku(
       TypeError: something is no mapping, or an entry is not a floating-point array.
       ValueError: a name is missing or unknown, shapes or counters differ, or `decay` is not the one that made hidden.
 
-    Example:
+    Examples:
       >>> ema = {"hidden": jnp.array([[0.2]]), "average": jnp.array([[2.0]]), "counter": 1}
       >>> params, state = from_haiku(None, ema, ema, decay=0.9)
       >>> state.mean.tolist(), state.weight.round(3).tolist()
@@ -336,7 +342,8 @@ def to_haiku(
     number where all of them were made with that `decay`.
 
     Args:
-      params, state: fields of shape `[*features]`, with one weight for all features.
+      params: fields of shape `[*features]`.
+      state: fields of shape `[*features]`, with one weight for all features.
       decay: the layer's decay_rate.
       shape: of the layer's arrays, with size 1 for a reduced axis, such as (1, 1, 1, 64); by default (1, *features), as
         for x `[batch, *features]`.
@@ -347,7 +354,7 @@ def to_haiku(
     Raises:
       ValueError: the weights of the features differ, `decay` is not in [0, 1), or `shape` does not fit.
 
-    Example:
+    Examples:
       >>> params, state = jbn.init(2)
       >>> _, state = jbn.batch_norm(jnp.array([[1.0, 2.0], [3.0, 4.0]]), params, state, train=True, decay=0.5)
       >>> params, mean_ema, var_ema = to_haiku(params, state, decay=0.5)
@@ -399,7 +406,7 @@ def from_equinox(layer: Any, state: Any) -> tuple[Params, State]:
     Raises:
       TypeError: `layer` is no such layer.
 
-    Example:
+    Examples:
         layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(64, "batch", mode="batch")
         params, state = jbn.convert.from_equinox(layer, state)
     """

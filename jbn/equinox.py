@@ -47,7 +47,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
     Source: Ioffe & Szegedy 2015, "Batch Normalization"; debiased as in Kingma & Ba 2015, "Adam", section 3.
 
-    Example:
+    Examples:
       >>> import equinox as eqx
       >>> from jbn.equinox import BatchNorm
       >>> layer, state = eqx.nn.make_with_state(BatchNorm)(2, axis_name="batch")

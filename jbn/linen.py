@@ -65,7 +65,7 @@ class BatchNorm(nn.BatchNorm):
         an error.
       Initialization normalizes by the running statistics: one row is enough, and `axis_name` need not be bound.
 
-    Example:
+    Examples:
       >>> layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.5)
       >>> x = jnp.array([[1.0], [3.0]])
       >>> variables = layer.init(jax.random.key(0), x)
@@ -126,7 +126,7 @@ def states(batch_stats: Any) -> Any:
       The same tree of dicts with a `jbn.State` for every dict of 'mean' and 'var', of full evidence where there is no
       'weight' too. Anything else stays as it is.
 
-    Example:
+    Examples:
       >>> jbn.linen.states({"BatchNorm_0": {"mean": jnp.zeros(1), "var": jnp.ones(1)}})["BatchNorm_0"].weight.tolist()
       [1.0]
     """
@@ -152,7 +152,7 @@ def batch_stats(states: Any, like: Any = None) -> Any:
     Raises:
       ValueError: `like` has other names than `states`.
 
-    Example:
+    Examples:
       >>> _, state = jbn.init(1)
       >>> sorted(jbn.linen.batch_stats({"norm": state})["norm"])
       ['mean', 'var', 'weight']

@@ -61,7 +61,7 @@ class BatchNorm(nnx.BatchNorm):
         an error.
       Several feature axes, `num_features` in all, can be trained too: [num_features] in the order in which they lie.
 
-    Example:
+    Examples:
       >>> layer = jbn.nnx.BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
       >>> y = layer(jnp.array([[1.0], [3.0]]))
       >>> y.round(3).tolist(), layer.mean[...].tolist()
@@ -126,7 +126,7 @@ def states(model: nnx.Module) -> dict[str, State]:
     Returns:
       A `jbn.State` for each of them, of full evidence where it has no `weight`, by the path to it: "blocks/0/norm".
 
-    Example:
+    Examples:
       >>> jbn.nnx.states(nnx.Sequential(jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))))["layers/0"].mean.tolist()
       [0.0]
     """
@@ -144,7 +144,7 @@ def set_states(model: nnx.Module, states: dict[str, State]) -> None:
     Raises:
       ValueError: `states` are not those of this model.
 
-    Example:
+    Examples:
       >>> layer = jbn.nnx.BatchNorm(1, rngs=nnx.Rngs(0))
       >>> jbn.nnx.set_states(layer, {"": jbn.State(jnp.array([2.0]), jnp.array([4.0]))})
       >>> layer.mean[...].tolist()

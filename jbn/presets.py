@@ -10,7 +10,7 @@
 They are mappings that cannot be changed; one setting of another value is `TORCH | {"epsilon": 1e-3}`, and a dict to
 keep in a config `dict(TORCH)`. Evaluation and `jbn.fold_into` take the epsilon alone: `epsilon=TORCH["epsilon"]`.
 
-Example:
+Examples:
   >>> import jbn.presets
   >>> params, state = jbn.init(1, debias=False)
   >>> x = jnp.array([[1.0], [3.0]])

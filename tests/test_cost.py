@@ -39,7 +39,7 @@ def one(after, train=True, activation=None):
 
 # Arrays of the size of x that are read or written. Training: x for each of the two sums; x and y; dy for its sum; dy
 # and x for the other; dy, x and dx. With relu, inside or behind, dy is masked first, by what x says: x, dy, and the
-# masked dy. (That each sum masks for itself, as on a GPU, is 11, and slower: XLA's library for sums is slow with it.)
+# masked dy. (That each sum masks for itself, as on a GPU, is 11 passes, and slower.)
 PASSES = {
     "training": (lambda y, x: y, True, None, 10),
     "training, relu inside": (lambda y, x: y, True, jax.nn.relu, 13),

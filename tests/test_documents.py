@@ -1,5 +1,7 @@
 """The code in README and docs runs as it stands there, and does what the text around it says."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 import jbn
+import jbn.convert
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,24 +20,30 @@ def snippets(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
+def run(page, found=None):
+    """What the snippets of a page define, run one after the other as in a user's program."""
+    found = {} if found is None else found
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for code in snippets(page):
+            exec(code, found)
+    return found
+
+
 def assert_same(values, state, expected_values, expected_state):
-    # float32, another order of summation; the single pass over x costs up to 4 bits
+    # float32, another order of summation, about the running mean rather than the batch's
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), values, expected_values)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, expected_state)
 
 
 @pytest.fixture(scope="module")
 def readme():
-    """What the snippets of the README define, run one after the other."""
-    found = {}
-    for code in snippets("README.md"):
-        exec(code, found)
-    return found
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return run("README.md") | {"printed": printed.getvalue()}
 
 
-def test_the_training_step_learns_and_is_short(readme):
-    assert len(snippets("README.md")[0].splitlines()) <= 25
+def test_the_training_step_learns_and_prints_what_the_readme_says(readme):
     assert readme["evaluated"] < 0.1 * jnp.var(readme["target"])
+    assert f"# {readme['printed']}```" in (ROOT / "README.md").read_text()
 
 
 def test_on_eight_devices_the_result_is_that_of_one(readme):
@@ -44,21 +53,75 @@ def test_on_eight_devices_the_result_is_that_of_one(readme):
 
 
 def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device():
+    whole_step, *codes = snippets("docs/parallel.md")
     found, ways = {}, 0
-    for code in snippets("docs/parallel.md"):
+    exec(whole_step, found)
+    operands = found["params"], found["state"], found["x"], found["target"]
+    gradients, state = expected = found["gradient"](*operands)
+    after = jax.tree.map(lambda p, g: p - 0.1 * g, found["params"], gradients), state
+    assert found["mesh"].size == 8
+    assert_same(*found["after"], *after)
+    for code in codes:
         exec(code, found)
-        if "gradients" not in found:
-            continue
-        gradients, state = found.pop("gradients"), found.pop("new_state")
-        if not ways:
-            expected = gradients, state
-        assert_same(gradients, state, *expected)
-        ways += 1
-    assert ways == 7
-    (sharded,) = [code for code in snippets("docs/parallel.md") if "on_mesh" in code]
-    exec(sharded, found | {"mesh": jax.make_mesh((8,), ("data",))}, explicit := {})
-    assert_same(explicit["gradients"], explicit["new_state"], *expected)
+        if "gradients" in found:
+            assert_same(found.pop("gradients"), found.pop("new_state"), *expected)
+            ways += 1
+    assert ways == 5
     np.testing.assert_allclose(found["means"], found["x"].reshape(4, 16, 8).mean(1), rtol=1e-6)
+
+    explicit = whole_step.replace("AxisType.Auto", "AxisType.Explicit")
+    assert explicit != whole_step
+    exec(explicit, found := {})
+    assert_same(*found["after"], *after)
+
+
+def test_the_folded_network_exported_is_the_network():
+    found = run("docs/inference.md")
+    expected = found["network"](found["params"], found["state"], found["x"])
+    np.testing.assert_allclose(found["y"], expected[:3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["restored"].call(found["x"]), expected, rtol=1e-4, atol=1e-5)
+    assert "rsqrt" not in found["program"].mlir_module()
+
+
+@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md"])
+def test_what_a_page_asserts(page):
+    assert "assert" in "".join(snippets(page))
+    run(page)
+
+
+def test_the_table_of_dtypes():
+    """Mixed precision, docs/faq.md: dtypes of x; of statistics; of y and dx; of the gradients of scale and bias."""
+    section = (ROOT / "docs/faq.md").read_text().split("## Mixed precision")[1].split("```")[0]
+    assert section.count("\n| float") == 3
+    for dtype, statistics in {
+        "float16": "float32",
+        "bfloat16": "float32",
+        "float32": "float32",
+        "float64": "float64",
+    }.items():
+        (row,) = re.findall(rf"^\| (?:float16, )?{dtype}(?:, bfloat16)? \| (\w+) ", section, re.MULTILINE)
+        assert row == statistics
+        with jax.enable_x64(dtype == "float64"):
+            params, state = jbn.init(3, dtype=dtype if dtype == "float64" else "float32")
+            x = jnp.arange(12.0).reshape(4, 3).astype(dtype)
+
+            def loss(params, x, state=state):
+                y, new = jbn.batch_norm(x, params, state, train=True)
+                return jnp.sum(y.astype("float32")), (y, new)
+
+            (gradients, dx), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+            assert y.dtype == dx.dtype == dtype and new.mean.dtype == new.var.dtype == statistics
+            assert gradients.scale.dtype == gradients.bias.dtype == params.scale.dtype
+
+
+def test_every_public_name_is_on_a_page_of_the_api():
+    pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    assert {f"jbn.{name}" for name in jbn.__all__} <= named
+    converters = {name for name in vars(jbn.convert) if name.startswith(("from_", "to_", "find_"))}
+    assert {f"jbn.convert.{name}" for name in converters} <= named
+    functions = [name for name in jbn.__all__ if name[0].islower()]
+    assert all(f"`{name}`" in (jbn.__doc__ or "") for name in functions)
 
 
 def recipes():
@@ -81,7 +144,8 @@ def imported():
 
 @pytest.mark.parametrize("codes", RECIPES.values(), ids=RECIPES)
 def test_recipe(codes, imported):
-    (code,) = codes
-    assert "assert" in code
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as in a user's program
-        exec(code, dict(imported))
+    """What one copies, and what checks it, which is folded in the page."""
+    _, check = codes
+    assert "assert" in check
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec("\n".join(codes), dict(imported))

@@ -73,7 +73,7 @@ class Config:
     remat: bool = False
     """Keep only the convolutions' outputs and the moments for the backward pass, and make the rest again."""
     steps_per_call: int | None = None
-    """Steps in one compiled loop. By default 1 on a CPU, where such a loop is many times slower, and 50 elsewhere."""
+    """Steps in one compiled loop. By default 1 on a CPU, where a loop gains nothing, and 50 elsewhere."""
     seed: int = 0
     """Of the initialization, the order of the images and their augmentation."""
     evaluate_every: int = 1

@@ -1,4 +1,4 @@
-"""The recipe "Deploy" as ONNX: what the page says, run by onnxruntime; and a convolution, folded and as it is.
+"""docs/inference.md as ONNX: what the page says, run by onnxruntime; and a convolution, folded and as it is.
 
 In an environment of its own: `pip install . jax2onnx onnxruntime optax flatbuffers pytest` and then
 `python -m pytest tests/peers/test_onnx.py`.
@@ -17,21 +17,17 @@ import jbn
 
 APART = "jax2onnx 0.17 needs an orbax-checkpoint before 0.11.37, the example one of today"
 jax2onnx, onnxruntime = (pytest.importorskip(name, reason=APART) for name in ("jax2onnx", "onnxruntime"))
-PAGE = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/inference.md").read_text()
 # jax2onnx and what it stands on warn of their own future.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_the_page():
-    title, *sections = PAGE.split("\n## ")
-    (deploy,) = [section for section in sections if section.startswith("Deploy\n")]
     found = {}
-    for code in (
-        *re.findall(r"```python\n(.*?)```", title, re.DOTALL),
-        *re.findall(r"```py\w*\n(.*?)```", deploy, re.DOTALL),
-    ):
+    for code in re.findall(r"```py\w*\n(.*?)```", PAGE, re.DOTALL):
         exec(code, found)
-    np.testing.assert_allclose(found["y"], found["expected"], rtol=1e-4, atol=1e-5)
+    expected = found["network"](found["params"], found["state"], found["x"])
+    np.testing.assert_allclose(found["y"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("folded", [True, False])
