@@ -22,18 +22,16 @@ from pathlib import Path
 from typing import Literal
 
 import competitors
+import figures
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jax import lax
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SHAPES = (
     (128, 32, 32, 16),
@@ -279,20 +277,19 @@ def table_of(way: str, by_shape: dict) -> Table:
     return table
 
 
-def figure_of(found: dict, title: str, path: Path) -> None:
-    """Bars of time over the floor, one group a way."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axis, (way, by_shape) in zip(axes, found.items(), strict=True):
-        names = [name for name in next(iter(by_shape.values())) if name != FLOOR]
-        values = [mean_ratio(by_shape, name, FLOOR) for name in names]
-        bars = axis.bar(names, values, color=["tab:blue" if name == "jbn" else "silver" for name in names])
-        axis.bar_label(bars, fmt="%.2f")
-        axis.axhline(1, color="black", linewidth=1)
-        axis.set(title=way, ylabel="time / least passes over memory")
-        axis.tick_params("x", rotation=20)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def figure_of(found: dict, hardware: str, path: Path) -> None:
+    """Bars of time over the floor, a panel a way; the middle half of the shapes as a line."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    titles = {"chained": "many in one compiled loop, as in a training step", "alone": "one call after another"}
+    for axis, (way, title) in zip(axes, titles.items(), strict=True):
+        values = {}
+        for name in (name for name in next(iter(found[way].values())) if name != FLOOR):
+            low, high = np.percentile(ratios(found[way], name, FLOOR), (25, 75))
+            values[name] = float(low), mean_ratio(found[way], name, FLOOR), float(high)
+        figures.bars(axis, values, cut=2, reference=(1, "eight passes over memory"))
+        axis.set(title=title, xlim=(0, 2.2), xlabel="time, in units of eight passes over memory")
+    figure.suptitle(f"One batch normalization in training, {hardware}")
+    figures.save(figure, path)
 
 
 def installed(name: str) -> bool:
@@ -346,7 +343,7 @@ def main(config: Config) -> None:
     record["cases"][case] = found
     file.write_text(json.dumps(record) + "\n")
     if case == "training, float32, channels last":
-        figure_of(found, f"Batch normalization in training, {hardware}", config.folder / "operation.png")
+        figure_of(found, hardware, config.folder / "operation.png")
 
 
 if __name__ == "__main__":

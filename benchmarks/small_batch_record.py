@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+import figures
+import matplotlib.pyplot as plt
 import numpy as np
 import remedies
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STAGES = ("halfway", "end")
 
@@ -28,8 +26,8 @@ class Line(NamedTuple):
     name: str
     remedy: str
     statistics: str
-    color: str
-    style: str
+    shown: str = ""  # its name in the figure, where it is in there
+    color: str = ""
 
     @property
     def alone(self) -> bool:
@@ -38,15 +36,15 @@ class Line(NamedTuple):
 
 
 LINES = (
-    Line("batch norm, running of one worker", "batch_norm", "one worker", "tab:blue", ":"),
-    Line("batch norm with `groups`, running", "batch_norm", "all workers", "tab:blue", "--"),
-    Line("batch norm, recalibrated", "batch_norm", "recalibrated", "tab:blue", "-"),
-    Line("renormalized, running", "renormalized", "all workers", "tab:orange", "--"),
-    Line("renormalized, recalibrated", "renormalized", "recalibrated", "tab:orange", "-"),
-    Line("synchronized, running", "synchronized", "all workers", "tab:green", "--"),
-    Line("synchronized, recalibrated", "synchronized", "recalibrated", "tab:green", "-"),
-    Line("group norm", "group_norm", "any", "tab:gray", "-"),
-    Line("scale and bias alone", "scale_and_bias", "any", "tab:gray", ":"),
+    Line("batch norm, running of one worker", "batch_norm", "one worker"),
+    Line("batch norm with `groups`, running", "batch_norm", "all workers", "batch norm", figures.OWN),
+    Line("batch norm, recalibrated", "batch_norm", "recalibrated"),
+    Line("renormalized, running", "renormalized", "all workers", "renormalized", figures.OTHER),
+    Line("renormalized, recalibrated", "renormalized", "recalibrated"),
+    Line("synchronized, running", "synchronized", "all workers", "synchronized", figures.THIRD),
+    Line("synchronized, recalibrated", "synchronized", "recalibrated"),
+    Line("group norm", "group_norm", "any", "group norm", figures.PLAIN),
+    Line("scale and bias alone", "scale_and_bias", "any"),
 )
 
 
@@ -114,32 +112,26 @@ class Record:
         return "{:.1f} points with running statistics, {:.1f} with recalibrated ones".format(*found)
 
     def draw(self, path: Path) -> None:
-        """Mean by size, the standard deviation as a bar, or as a band where no size matters; a panel a stage."""
+        """Test accuracy at the end by size, with running statistics: the mean as a line, every seed as a dot."""
         sizes = self.facts["settings"]["sizes"]
-        figure, axes = plt.subplots(1, 2, figsize=(11, 6), layout="constrained")
-        for panel, stage in zip(axes, STAGES, strict=True):
-            for line in LINES:
-                found = zip(sizes, map(spread, self.by_size(line, stage)), strict=True)
-                found = [(size, *values) for size, values in found if values]
-                if not found:  # no size is smaller than the batch: none to synchronize
-                    continue
-                style = {"color": line.color, "linestyle": line.style, "label": line.name.replace("`", "")}
-                if line.alone:
-                    _, mean, *deviation = found[0]
-                    panel.axhline(mean, **style)
-                    for half in deviation:
-                        panel.axhspan(mean - half, mean + half, color=line.color, alpha=0.2)
-                else:
-                    x, mean, *deviation = zip(*found, strict=True)
-                    panel.errorbar(x, mean, *deviation, **style, capsize=3)
-            panel.set(title=stage, xscale="log", xlabel="images of a worker", ylabel="test accuracy, %")
-            panel.set_xticks(sizes, list(map(str, sizes)))
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.suptitle(f"{self.facts['dataset']}; standard deviation over {self.facts['settings']['seeds']} seeds")
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+        figure, axis = plt.subplots(figsize=(10, 5.5))
+        for line in (line for line in LINES if line.shown):
+            found = [(size, values) for size, values in zip(sizes, self.by_size(line, "end"), strict=True) if values]
+            if not found:  # no size is smaller than the batch: none to synchronize
+                continue
+            x, values = zip(*found, strict=True)
+            means = [np.mean(each) for each in values]
+            axis.plot(x, means, color=line.color)
+            for size, each in found:
+                axis.plot([size] * len(each), each, ".", color=line.color, alpha=0.6)
+            at = -1 if x[-1] == sizes[-1] else 0  # above its start, where others go on behind its end
+            figures.name_line(axis, x[at], float(means[at]) + (0.8 if at == 0 else 0), line.shown, line.color)
+        axis.set(xscale="log", xlabel="images that share their statistics", ylabel="test accuracy, %")
+        axis.set_xticks(sizes, list(map(str, sizes)))
+        axis.set_xlim(sizes[0] * 0.85, sizes[-1] * 2.6)  # room for the names
+        axis.minorticks_off()
+        figure.suptitle("Small batches cost accuracy; only pooled statistics give it back")
+        figures.save(figure, path)
 
 
 def spread(values: list[float]) -> tuple[float, ...]:

@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import figures
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
@@ -35,9 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar
 
 import convolution
 import model
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SMOOTHING = 0.1
 console = Console(highlight=False)
@@ -208,18 +206,15 @@ def table_of(times, memory, config) -> Table:
     return table
 
 
-def figure_of(times, config, title, path) -> None:
-    """Bars of images/s, a line for each quartile."""
+def figure_of(times, config, hardware, path) -> None:
+    """Bars of images/s, and a line from quartile to quartile."""
+    figure, axis = plt.subplots(figsize=(10, 4))
     rates = {name: np.percentile(config.batch / np.array(values), (25, 50, 75)) for name, values in times.items()}
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    low, middle, high = np.transpose(list(rates.values()))
-    colors = ["tab:blue" if name == "jbn" else "silver" for name in rates]
-    bars = axes.barh(list(rates), middle, xerr=(middle - low, high - middle), color=colors)
-    axes.bar_label(bars, fmt="%.0f", label_type="center")
-    axes.invert_yaxis()
-    axes.set(xlabel="images/s", title=title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.bars(axis, {name: tuple(values.tolist()) for name, values in rates.items()}, form="{:.0f}")
+    axis.set(xlabel="images per second")
+    axis.margins(x=0.1)
+    figure.suptitle(f"A training step of ResNet-{config.depth}, batch {config.batch}, {config.dtype}\n{hardware}")
+    figures.save(figure, path)
 
 
 def main(config: Config) -> None:
@@ -232,8 +227,7 @@ def main(config: Config) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         record = {"hardware": hardware, "seconds": times, "MiB": memory, "depth": config.depth, "batch": config.batch}
         (config.folder / "training_step.json").write_text(json.dumps(record | {"dtype": config.dtype}) + "\n")
-        title = f"Training step, ResNet-{config.depth}, batch {config.batch}, {config.dtype}\n{hardware}"
-        figure_of(times, config, title, config.folder / "training_step.png")
+        figure_of(times, config, hardware, config.folder / "training_step.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jbn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 console = Console(highlight=False, soft_wrap=True)
 COLUMNS = {  # of metrics.csv and of the table, with the format of the latter
@@ -164,32 +164,39 @@ def write_metrics(path: Path, history: list[dict]) -> None:
     scratch.replace(path)
 
 
-def write_curves(path: Path, history: list[dict], layers: dict, title: str) -> None:
-    """Write curves.png: loss and accuracy by epoch, and running against batch statistics of a few `layers`.
-
-    `layers` maps a name to a pair of `jbn.State`: the running statistics, and those of one training batch alone.
-    """
-    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+def write_curves(path: Path, history: list[dict], layers: dict[str, jbn.Drift], title: str) -> None:
+    """Write curves.png: loss and accuracy by epoch, and how far evaluation is from training in every layer."""
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(title)
-    epochs = [row["epoch"] for row in history]
-    for axis, name in zip(axes[0], ("loss", "accuracy"), strict=True):
+    grid = figure.add_gridspec(2, 2)
+    for column, name in enumerate(("loss", "accuracy")):
+        axis = figure.add_subplot(grid[0, column])
         for part in ("train", "test"):
-            values = [np.nan if row[f"{part}_{name}"] is None else row[f"{part}_{name}"] for row in history]
-            axis.plot(epochs, values, marker="o", label=part)
-        axis.set(xlabel="epoch", ylabel=name, xticks=epochs, yscale="log" if name == "loss" else "linear")
-        axis.grid(alpha=0.3)
+            measured = [(row["epoch"], row[f"{part}_{name}"]) for row in history if row[f"{part}_{name}"] is not None]
+            x, y = zip(*measured, strict=True)
+            axis.plot(x, y, marker="o", label=part)
+        axis.set(xlabel="epoch", ylabel=name)
         axis.legend()
-    for axis, field in zip(axes[1], ("mean", "var"), strict=True):
-        for name, (running, batch) in layers.items():
-            axis.scatter(getattr(batch, field), getattr(running, field), s=14, alpha=0.7, label=name)
-        low, high = axis.get_xlim()
-        axis.axline((low, low), (high, high), color="gray", linewidth=1)
-        axis.set(xlabel=f"{field} of one training batch", ylabel=f"running {field}")
-        if field == "var":
-            axis.set(xscale="log", yscale="log")
-            for scale in (axis.xaxis, axis.yaxis):
-                scale.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        axis.legend(title="one dot a feature")
+    axis = figure.add_subplot(grid[1, :])
+    worst = {name: float(np.max(layer.error)) for name, layer in layers.items()}
+    named = sorted(worst, key=worst.__getitem__)[-3:]
+    for place, (name, layer) in enumerate(layers.items()):
+        axis.plot([place] * len(layer.error), layer.error, ".", color="tab:red" if name in named else "tab:gray")
+        if name in named:
+            feature = int(np.argmax(layer.error))
+            at = (place, worst[name])
+            axis.annotate(f"{name}, feature {feature}", at, (0, 6), textcoords="offset points", ha="center")
+    axis.axhline(0.1, color="black", linewidth=1, linestyle="--")
+    axis.annotate("goes\nunnoticed\nbelow", (1, 0.1), (4, 0), ("axes fraction", "data"), "offset points", va="center")
+    axis.set(
+        title="How far evaluation is from training, each feature of each layer a dot, the three worst layers named",
+        xlabel="layer, from the image on",
+        ylabel="error of the output, in standard deviations",
+        ylim=(0, 1.15 * max(0.1, *worst.values())),
+    )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

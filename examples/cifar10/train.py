@@ -157,17 +157,13 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
                 report.write_metrics(run / "metrics.csv", history)
             report.print_row(history[-1])
 
-    @jax.jit
-    def alone(params, state, pixels):
+    def as_in_training(params, state, pixels):
         sample = jax.vmap(steps.augment)(jax.random.split(key, len(pixels)), (pixels - mean) / std)
-        # With decay 0 the new state is the batch's own statistics.
-        return apply(params, state, sample.astype(config.dtype), train=True, decay=0.0)[1]
+        return apply(params, state, sample.astype(config.dtype), train=True)
 
-    batch = alone(carry.params, carry.state, dataset.train_images[:512])
-    names = [f"{name}/conv2" for name, *_ in model.blocks(config.depth)]
-    layers = {name: (carry.state[name], batch[name]) for name in ("stem", names[len(names) // 2], names[-1])}
+    distances = jbn.drift(as_in_training, carry.params, carry.state, [dataset.train_images[:512]])
     if first_process:
-        report.write_curves(run / "curves.png", history, layers, title)
+        report.write_curves(run / "curves.png", history, distances, title)
     report.print_table(history, title)
 
     accuracy = history[-1]["test_accuracy"]
