@@ -14,8 +14,8 @@ help: ## List the targets (the default)
 train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 11 min; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
 
-test: .venv/.test ## Run the tests, two files at a time, MAKE_TEST_TIME; ARGS="-k NAME" picks some
-	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: .venv/.test ## Run the tests, three files at a time as some wait, MAKE_TEST_TIME; ARGS="-k NAME" picks some
+	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 3 min
 	$(BIN)/python -m pytest tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py $(ARGS)

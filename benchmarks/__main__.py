@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-PROGRAMS = {path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py")) if '__name__ == "__main__"' in path.read_text()}
+PROGRAMS = {
+    path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py")) if '__name__ == "__main__"' in path.read_text()
+}
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -149,3 +151,23 @@ def test_recipe(codes, imported):
     assert "assert" in check
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec("\n".join(codes), dict(imported))
+
+
+def test_the_version_is_that_of_the_changelog():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1].rstrip(",") == jbn.__version__
+
+
+def bench(*arguments):
+    command = [sys.executable, ROOT / "benchmarks", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_benchmarks_are_listed_and_reached_by_name():
+    listed = {line.split()[0] for line in bench().stdout.splitlines()}
+    assert listed == {
+        path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py") if "tyro.cli" in path.read_text()
+    } | {"conversion", "convolutions", "differences", "folding", "layers"}
+    assert bench("operation", "--markdown").stdout.startswith("| case | way | peer |")
+    wrong = bench("nothing")
+    assert wrong.returncode and "no benchmark 'nothing'" in wrong.stderr and "operation" in wrong.stdout

@@ -17,7 +17,7 @@ bin=$folder/venv/bin
 "$bin/python" -m pip install --quiet --constraint "$folder/constraints.txt" pytest pytest-xdist flatbuffers
 mkdir "$folder/tests"
 cp conftest.py pyproject.toml "$folder"
-cp tests/*.py "$folder/tests"
+cp -r tests/*.py tests/golden benchmarks/hlo.py benchmarks/conversion.py "$folder/tests"
 rm "$folder/tests/test_documents.py"  # README and docs are not in the wheel
 cd "$folder"
 "$bin/python" -m pytest -p conftest --doctest-ignore-import-errors --pyargs jbn
