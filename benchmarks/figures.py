@@ -64,6 +64,13 @@ def name_line(axis: Axes, x: float, y: float, text: str, color: str) -> None:
     axis.annotate(text, (x, y), (8, 0), textcoords="offset points", color=color, va="center", fontweight="bold")
 
 
+def names(axis: Axes, texts: dict[str, str], colors: dict[str, str]) -> None:
+    """The names of lines in their colors, in a corner, where their ends are too close together."""
+    for index, name in enumerate(texts):
+        at = {"transform": axis.transAxes, "color": colors[name], "fontweight": "bold", "va": "bottom"}
+        axis.text(0.04, 0.04 + 0.07 * index, texts[name], **at)
+
+
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path)
     plt.close(figure)

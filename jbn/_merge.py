@@ -110,7 +110,8 @@ def merge_states(*states: States, shares: ArrayLike | None = None) -> States:
                 f"({type(first).__name__})."
             )
     shares = _check_shares(np.ones(len(states), np.float32) if shares is None else shares, len(states))
-    shares /= jnp.max(shares)  # the sum of large ones is infinite
+    # The sum of large ones is infinite. By a power of two: of two divisions a compiler may make one, by their product.
+    shares = jnp.ldexp(shares, -jnp.frexp(jnp.max(shares))[1])
     shares /= jnp.sum(shares)
 
     def merged(path, *each):

@@ -171,3 +171,10 @@ def test_benchmarks_are_listed_and_reached_by_name():
     assert bench("operation", "--markdown").stdout.startswith("| case | way | peer |")
     wrong = bench("nothing")
     assert wrong.returncode and "no benchmark 'nothing'" in wrong.stderr and "operation" in wrong.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(page):
+    """Those of the site are checked where it is built, strictly."""
+    links = re.findall(r"\]\(([^)#:]+)", (ROOT / page).read_text())
+    assert all((ROOT / link).exists() for link in links), links
