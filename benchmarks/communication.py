@@ -69,7 +69,9 @@ def parts(program: ModuleType) -> tuple[Callable, Callable, Callable]:
 
 ACTIVATIONS = six_layers.LAYERS * 64 * 56 * 56 * six_layers.WIDTH * 2  # bytes: one of each layer, in bfloat16
 SIX_LAYERS = Network(*parts(six_layers), 64, "a device", 56, ACTIVATIONS, "activations a layer", norms=NORMS)
-RESNET_50 = Network(*parts(resnet50), 32, "a device", 224, 10**9, "GB")
+RESNET_50 = Network(
+    *parts(resnet50), 32, "a device", 224, 10**9, "GB", norms=("jbn", "scale and bias", "flax fast", "flax two-pass")
+)
 NETWORKS = {
     "six layers": SIX_LAYERS,
     "six layers, silu": SIX_LAYERS._replace(

@@ -58,9 +58,16 @@ def behind(apply: Callable) -> Callable:
     return both
 
 
+def scale_and_bias(x, params, state, axis_name):
+    """Nothing is measured: what a network costs besides."""
+    del axis_name
+    return x * params.scale.astype(x.dtype) + params.bias.astype(x.dtype), state
+
+
 NORMS = {
     "jbn": Norm(jbn.init, apply_jbn),
     "jbn, relu behind": Norm(jbn.init, behind(partial(apply_jbn, activation=None))),
+    "scale and bias": Norm(jbn.init, behind(scale_and_bias)),
     "flax fast": Norm(init_flax, behind(partial(apply_flax, fast=True))),
     "flax two-pass": Norm(init_flax, behind(partial(apply_flax, fast=False))),
 }

@@ -55,11 +55,15 @@ class Record:
                 self.jobs = content["jobs"]
 
     def add(self, name: str, found: dict[str, Any], seconds: float) -> None:
-        self.jobs[name] = {"seconds": round(seconds, 1), **numbers(found)}
+        self.jobs[name] = {"took": round(seconds, 1), **numbers(found)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps({"facts": self.facts, "jobs": self.jobs}) + "\n")
         scratch.replace(self.path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["jobs"]
 
 
 def spread(values, form: str = "{:.1f}") -> str:

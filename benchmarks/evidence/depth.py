@@ -73,16 +73,28 @@ def draw(found, path) -> None:
             norms = claim.array(found[f"{name}, gradients at the {stage}"]["norms"])
             claim.band(axis, 2 + np.arange(norms.shape[1]), np.maximum(norms, 1e-12), color)
     depths = list(by_depth(found, "with"))
-    axes[0].set(title="accuracy, at the best of three rates", xscale="log", xlabel="layers", ylabel="test accuracy, %", ylim=(0, 105))
+    axes[0].set(
+        title="accuracy, at the best of three rates",
+        xscale="log",
+        xlabel="layers",
+        ylabel="test accuracy, %",
+        ylim=(0, 105),
+    )
     axes[0].set_xticks(depths, list(map(str, depths)))
     axes[0].minorticks_off()
     norms = claim.array(found["with, gradients at the start"]["norms"]).mean(0)
     layers = 2 + np.arange(len(norms))
     predicted = norms[-1] * GROWTH ** ((layers[-1] - layers) / 2)
     axes[1].plot(layers, predicted, color="black", linestyle="--", linewidth=1)
-    axes[1].annotate("Yang et al. 2019", (layers[len(layers) // 4], predicted[len(layers) // 4]), (8, 6), textcoords="offset points")
+    axes[1].annotate(
+        "Yang et al. 2019", (layers[len(layers) // 4], predicted[len(layers) // 4]), (8, 6), textcoords="offset points"
+    )
     for axis, title in zip(axes[1:], ("start", "end"), strict=True):
-        axis.set(title=f"gradient of each layer's kernel, {title} of training", xlabel="layer, from the image on", yscale="log")
+        axis.set(
+            title=f"gradient of each layer's kernel, {title} of training",
+            xlabel="layer, from the image on",
+            yscale="log",
+        )
     figures.names(axes[0], claim.NAMES, claim.COLORS)
     figure.suptitle("Batch norm trains deeper plain networks, though their gradients explode at the start")
     figures.save(figure, path)

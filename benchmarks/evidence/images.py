@@ -1,6 +1,7 @@
 """The images that the claims are shown on, as rows of numbers with mean 0 and standard deviation 1."""
 
 import gzip
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ class Images(NamedTuple):
         return self._replace(train=halve(self.train), test=halve(self.test))
 
     def first(self, train: int, test: int) -> "Images":
-        return Images(self.name, self.train[:train], self.train_labels[:train], self.test[:test], self.test_labels[:test])
+        return Images(
+            self.name, self.train[:train], self.train_labels[:train], self.test[:test], self.test_labels[:test]
+        )
 
 
 def halve(images: np.ndarray) -> np.ndarray:
@@ -40,6 +43,7 @@ def flat(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1)
 
 
+@cache
 def mnist(folder: Path | None) -> Images:
     """MNIST from the four files of its authors, in `folder` or its part mnist; else the embedded shapes in gray."""
     for place in (folder, folder / "mnist") if folder else ():
@@ -52,6 +56,7 @@ def mnist(folder: Path | None) -> Images:
     return embedded_shapes(gray=True)
 
 
+@cache
 def cifar10(folder: Path | None) -> Images:
     """CIFAR-10 in the official binary layout, in `folder` or its part cifar10, halved; else the embedded shapes."""
     for place in (folder, folder / "cifar10") if folder else ():

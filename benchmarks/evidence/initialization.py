@@ -45,7 +45,12 @@ def draw(found, path) -> None:
 
 def tell(found) -> list[str]:
     scales = found["with"]["scales"]
-    lines = [f"| accuracy, %, at times He's | {' | '.join(f'{scale:.2g}' for scale in scales)} |", "| --- |" + " --- |" * len(scales)]
+    lines = [
+        f"| accuracy, %, at times He's | {' | '.join(f'{scale:.2g}' for scale in scales)} |",
+        "| --- |" + " --- |" * len(scales),
+    ]
     for name, text in claim.NAMES.items():
-        lines.append(f"| {text} | {' | '.join(claim.spread(values, '{:.0f}') for values in at_best_rate(found, name))} |")
+        lines.append(
+            f"| {text} | {' | '.join(claim.spread(values, '{:.0f}') for values in at_best_rate(found, name))} |"
+        )
     return lines

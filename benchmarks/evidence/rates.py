@@ -3,7 +3,6 @@
 import claim
 import figures
 import images
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import networks
 import numpy as np
@@ -74,17 +73,24 @@ def draw(found, path) -> None:
             ha="center",
             fontweight="bold",
         )
-    axis.set(xscale="log", xlabel="learning rate", ylabel="test accuracy after a fixed number of steps, %", ylim=(0, 110))
+    axis.set(
+        xscale="log", xlabel="learning rate", ylabel="test accuracy after a fixed number of steps, %", ylim=(0, 110)
+    )
     figure.suptitle("Batch norm allows higher learning rates")
     figures.save(figure, path.with_name("rates_accuracy.png"))
 
 
 def tell(found) -> list[str]:
-    lines = ["| | best rate | accuracy there, % | steps to a loss of 0.3 | rates that reach 85 % |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | best rate | accuracy there, % | steps to a loss of 0.3 | rates that reach 85 % |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, text in claim.NAMES.items():
         at, accuracy = best(found, name), claim.array(found[name]["accuracy"])
         good = [rate for rate, mean in zip(found[name]["rates"], accuracy.mean(1), strict=True) if mean > 0.85]
         reach = f"{good[0]:.2g} to {good[-1]:.2g}" if good else "none"
         steps = claim.spread(steps_to(found[name]["loss"][at], 0.3), "{:.0f}")
-        lines.append(f"| {text} | {found[name]['rates'][at]:.2g} | {claim.spread(100 * accuracy[at])} | {steps} | {reach} |")
+        lines.append(
+            f"| {text} | {found[name]['rates'][at]:.2g} | {claim.spread(100 * accuracy[at])} | {steps} | {reach} |"
+        )
     return lines

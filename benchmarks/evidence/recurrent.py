@@ -103,7 +103,9 @@ def fit(kind, seeds, steps, hidden, length, inputs, outputs, draw, loss_of, eval
             updates, moving = descend.update(gradients, moving)
             return (optax.apply_updates(params, updates), states, moving), value
 
-        (params, states, _), losses = lax.scan(step, (params, states, descend.init(params)), jax.random.split(keys, steps))
+        (params, states, _), losses = lax.scan(
+            step, (params, states, descend.init(params)), jax.random.split(keys, steps)
+        )
         return losses, evaluate(lambda x: apply(params, states, x, kind, train=False)[0])
 
     losses, values = jax.jit(jax.vmap(one))(jnp.arange(seeds))
@@ -123,7 +125,10 @@ def jobs(folder, size: claim.Size) -> claim.Jobs:
             return jnp.stack(found)
 
         task = {"length": LENGTH, "inputs": 2, "outputs": 1, "evaluate": evaluate}
-        squares = lambda outputs, target: jnp.mean((outputs[:, 0] - target) ** 2)
+
+        def squares(outputs, target):
+            return jnp.mean((outputs[:, 0] - target) ** 2)
+
         return fit(kind, draw=lambda key: images.adding(key, batch, LENGTH), loss_of=squares, **task, **shape)
 
     def rows(kind):
@@ -158,7 +163,13 @@ def draw(found, path) -> None:
         loss = claim.array(found[f"adding, {kind}"]["loss"])
         claim.band(axes[0], 10 * (1 + np.arange(loss.shape[1])), loss, color)
         claim.band(axes[1], LONGER, claim.array(found[f"adding, {kind}"]["evaluated"]), color, marker="o")
-        claim.band(axes[2], [28 + below for below in BLANK], 100 * claim.array(found[f"rows, {kind}"]["evaluated"]), color, marker="o")
+        claim.band(
+            axes[2],
+            [28 + below for below in BLANK],
+            100 * claim.array(found[f"rows, {kind}"]["evaluated"]),
+            color,
+            marker="o",
+        )
     axes[0].set(title="adding task, training", xlabel="step", ylabel="squared error", yscale="log")
     axes[1].set(title=f"adding task, evaluated, trained at {LENGTH}", xlabel="length", xticks=LONGER, yscale="log")
     axes[2].set(title="rows of an image, then blank rows", xlabel="rows", ylabel="test accuracy, %", ylim=(0, 102))
@@ -169,11 +180,16 @@ def draw(found, path) -> None:
 
 
 def tell(found) -> list[str]:
-    header = " | ".join([*(f"adding, length {length}" for length in LONGER), *(f"rows and {below} blank, %" for below in BLANK)])
+    header = " | ".join(
+        [*(f"adding, length {length}" for length in LONGER), *(f"rows and {below} blank, %" for below in BLANK)]
+    )
     lines = [f"| | {header} |", "| --- |" + " --- |" * (len(LONGER) + len(BLANK))]
     for kind in KINDS:
         adding = claim.array(found[f"adding, {kind}"]["evaluated"]).T
         rows = 100 * claim.array(found[f"rows, {kind}"]["evaluated"]).T
-        cells = [*(claim.spread(values, "{:.2g}") for values in adding), *(claim.spread(values, "{:.0f}") for values in rows)]
+        cells = [
+            *(claim.spread(values, "{:.2g}") for values in adding),
+            *(claim.spread(values, "{:.0f}") for values in rows),
+        ]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines

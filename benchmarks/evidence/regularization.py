@@ -73,13 +73,18 @@ def jobs(folder, size: claim.Size) -> claim.Jobs:
         names = ("train loss", "train accuracy", "test loss", "test accuracy")
         return {name: values[..., index] for index, name in enumerate(names)}
 
-    return {name: lambda norm=norm, rate=rate, others=others: run(norm, rate, **others) for name, (norm, rate, others) in KINDS.items()}
+    return {
+        name: lambda norm=norm, rate=rate, others=others: run(norm, rate, **others)
+        for name, (norm, rate, others) in KINDS.items()
+    }
 
 
 def matched(found, name, loss: float) -> np.ndarray:
     """[seeds], test accuracy where the training loss first falls below `loss`, between two evaluations; else NaN."""
     values = []
-    for train, test in zip(claim.array(found[name]["train loss"]), claim.array(found[name]["test accuracy"]), strict=True):
+    for train, test in zip(
+        claim.array(found[name]["train loss"]), claim.array(found[name]["test accuracy"]), strict=True
+    ):
         below = np.flatnonzero(train < loss)
         after = int(below[0]) if len(below) else 0
         if not after:
@@ -110,12 +115,16 @@ def draw(found, path) -> None:
 
 def tell(found) -> list[str]:
     header = " | ".join(f"at a training loss of {loss}" for loss in LOSSES)
-    lines = [f"| test accuracy, % | {header} | best | last, train | last, test |", "| --- |" + " --- |" * (len(LOSSES) + 3)]
+    lines = [
+        f"| test accuracy, % | {header} | best | last, train | last, test |",
+        "| --- |" + " --- |" * (len(LOSSES) + 3),
+    ]
     for name, values in found.items():
         at = []
         for loss in LOSSES:
             accuracy = matched(found, name, loss)
             at.append(claim.spread(accuracy) if np.isfinite(accuracy).all() else "not reached")
-        test, train = 100 * claim.array(values["test accuracy"]), 100 * claim.array(values["train accuracy"])
-        lines.append(f"| {name} | {' | '.join(at)} | {claim.spread(test.max(1))} | {claim.spread(train[:, -1])} | {claim.spread(test[:, -1])} |")
+        test, train = (100 * claim.array(values[f"{part} accuracy"]) for part in ("test", "train"))
+        ends = (claim.spread(each) for each in (test.max(1), train[:, -1], test[:, -1]))
+        lines.append(f"| {name} | {' | '.join([*at, *ends])} |")
     return lines

@@ -34,7 +34,7 @@ def jobs(folder, size: claim.Size) -> claim.Jobs:
         arrays = jax.tree.map(jnp.asarray, data._replace(name=None))
 
         def noise(key):
-            """[depth - 1, batch, width], of a mean and a spread that are drawn anew in each step, as are the layers'."""
+            """[depth - 1, batch, width], of a mean and a spread that are drawn anew for every step and feature."""
             if not kind.endswith("noise behind"):
                 return None
             of_mean, of_spread, of_each = jax.random.split(key, 3)
@@ -70,18 +70,21 @@ def jobs(folder, size: claim.Size) -> claim.Jobs:
                     return jax.tree.map(lambda p, g: p - distance * RATE[kind] * g, params, gradients)
 
                 def look():
-                    """The last layer's inputs, the loss along the gradient, and how far the gradient turns there."""
-                    x = images.test[:512]
-                    behind = None if noise(key) is None else jnp.zeros((DEPTH - 1, 512, width))
+                    """What three sigmoids of the last layer are given; the loss and the gradient along the gradient."""
+                    x, behind = images.test[: size.batch], noise(key)
                     _, _, inputs = networks.apply(
                         params, states, x, norm, train=True, activation=jax.nn.sigmoid, shifts=behind
                     )
-                    # What the sigmoid of three features of the last layer is given.
-                    given, _ = norm(inputs[-1], jax.tree.map(lambda p: p[-1], params["rest"]["norm"]), jax.tree.map(lambda s: s[-1], states["rest"]), train=True)
-                    losses, others = zip(*(jax.value_and_grad(loss, has_aux=True)(along(d)) for d in DISTANCES), strict=True)
-                    apart = [optax.tree.norm(jax.tree.map(jnp.subtract, other, gradients)) for other in others]
-                    relative = jnp.stack(apart) / optax.tree.norm(gradients)
-                    return jnp.percentile(given[:, :3], jnp.array(PERCENTILES), 0), jnp.stack([each[0] for each in losses]), relative
+                    last = jax.tree.map(lambda field: field[-1], (params["rest"]["norm"], states["rest"]))
+                    given, _ = norm(inputs[-1], *last, train=True)
+                    given = given if behind is None else given + behind[-1]
+                    there = [jax.value_and_grad(loss, has_aux=True)(along(distance)) for distance in DISTANCES]
+                    apart = [optax.tree.norm(jax.tree.map(jnp.subtract, other, gradients)) for _, other in there]
+                    return (
+                        jnp.percentile(given[:, :3], jnp.array(PERCENTILES), 0),
+                        jnp.stack([value for (value, _), _ in there]),
+                        jnp.stack(apart) / optax.tree.norm(gradients),
+                    )
 
                 updates, moving = descend.update(gradients, moving)
                 return (optax.apply_updates(params, updates), new, moving), (value, look)
@@ -134,10 +137,9 @@ def draw(found, path) -> None:
         axis.set(title=f"input of three sigmoids, {kind}", xlabel="step", ylabel="15th, 50th, 85th percentile")
     for kind, color in KINDS.items():
         claim.band(axes[1, 0], x, claim.array(found[kind]["loss"]), color)
-        along, loss = claim.array(found[kind]["along"]), claim.array(found[kind]["loss"])
+        along = claim.array(found[kind]["along"])
         claim.band(axes[1, 1], x, along.max(-1) - along.min(-1), color)
         claim.band(axes[1, 2], x, claim.array(found[kind]["turned"])[..., DISTANCES.index(1.0)], color)
-        del loss
     axes[1, 0].set(title="training loss", xlabel="step", yscale="log")
     axes[1, 1].set(title="range of the loss along the gradient", xlabel="step", yscale="log")
     axes[1, 2].set(title="how far the gradient turns in a step", xlabel="step", yscale="log")
@@ -147,7 +149,11 @@ def draw(found, path) -> None:
 
 
 def tell(found) -> list[str]:
-    lines = ["| | how far a median moves, in its spread | test accuracy, % | last loss | range along the gradient | how far the gradient turns |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | how far a median moves, in its spread | test accuracy, % | last loss "
+        "| range of the loss along the gradient | how far the gradient turns |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for kind in KINDS:
         along, turned = claim.array(found[kind]["along"]), claim.array(found[kind]["turned"])
         cells = [

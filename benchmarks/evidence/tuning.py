@@ -54,5 +54,7 @@ def draw(found, path) -> None:
 def tell(found) -> list[str]:
     lines = ["| settings, %, that reach | 50 % | 80 % | 90 % |", "| --- | --- | --- | --- |"]
     for name, text in claim.NAMES.items():
-        lines.append(f"| {text} | {' | '.join(claim.spread(share(found, name, level), '{:.0f}') for level in (50, 80, 90))} |")
+        lines.append(
+            f"| {text} | {' | '.join(claim.spread(share(found, name, level), '{:.0f}') for level in (50, 80, 90))} |"
+        )
     return lines
