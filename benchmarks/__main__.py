@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+FILES = [*FOLDER.glob("[a-z]*.py"), FOLDER / "evidence" / "__main__.py"]
 PROGRAMS = {
-    path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py")) if '__name__ == "__main__"' in path.read_text()
+    path.stem if path.parent == FOLDER else path.parent.name: path
+    for path in sorted(FILES)
+    if '__name__ == "__main__"' in path.read_text()
 }
 
 

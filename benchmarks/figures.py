@@ -64,11 +64,11 @@ def name_line(axis: Axes, x: float, y: float, text: str, color: str) -> None:
     axis.annotate(text, (x, y), (8, 0), textcoords="offset points", color=color, va="center", fontweight="bold")
 
 
-def names(axis: Axes, texts: dict[str, str], colors: dict[str, str]) -> None:
-    """The names of lines in their colors, in a corner, where their ends are too close together."""
+def names(axis: Axes, texts: dict[str, str], colors: dict[str, str], at: tuple[float, float] = (0.04, 0.04)) -> None:
+    """The names of lines in their colors, from a point of the panel upwards, where ends are too close."""
     for index, name in enumerate(texts):
-        at = {"transform": axis.transAxes, "color": colors[name], "fontweight": "bold", "va": "bottom"}
-        axis.text(0.04, 0.04 + 0.07 * index, texts[name], **at)
+        style = {"transform": axis.transAxes, "color": colors[name], "fontweight": "bold", "va": "bottom"}
+        axis.text(at[0], at[1] + 0.07 * index, texts[name], **style)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 CLAIMS = ("layer", "rates", "initialization", "regularization", "depth", "tuning", "cost", "recurrent", "shift")
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def draw(found, path) -> None:
     }
     values |= {f"{name}, memory traffic of ResNet-50": (each,) * 3 for name, each in accelerators().items()}
     figure, axis = plt.subplots(figsize=(10, 4.5))
-    figures.bars(axis, values, form="{:.0f} %")
+    figures.bars(axis, values, form="{:.1f} %")
     axis.margins(x=0.15)
     axis.set(xlabel="share of a training step, %")
     figure.suptitle("What measuring and normalizing cost of a training step")

@@ -36,7 +36,7 @@ class Images(NamedTuple):
 def halve(images: np.ndarray) -> np.ndarray:
     """Each square of four pixels as one."""
     parts = [images[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-    return np.mean(parts, 0, dtype=np.float32)
+    return np.asarray(np.mean(parts, 0), np.float32)
 
 
 def flat(images: np.ndarray) -> np.ndarray:
@@ -76,8 +76,8 @@ def embedded_shapes(gray: bool) -> Images:
 
 def scaled(name, train, train_labels, test, test_labels) -> Images:
     mean, std = train.mean((0, 1, 2)), train.std((0, 1, 2))
-    train, test = ((np.asarray(images, np.float32) - mean) / std for images in (train, test))
-    return Images(name, np.float32(train), train_labels, np.float32(test), test_labels)
+    train, test = (np.asarray((images - mean) / std, np.float32) for images in (train, test))
+    return Images(name, train, train_labels, test, test_labels)
 
 
 def _idx(path: Path, header: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import jbn
 DEPTH, LAYER = 4, 1
 STAGES = {"start": 0, "end": 1}
 PARTS = ("before", "normalized", "after scale and shift")
-BINS = np.linspace(-6, 6, 61)
+BINS = np.linspace(-5, 5, 31)
 
 
 def jobs(folder, size: claim.Size) -> claim.Jobs:

@@ -16,8 +16,8 @@ import jbn
 class Setting(NamedTuple):
     """What networks of one `vmap` differ by; every field a number, or [networks]."""
 
-    seed: jax.Array
-    rate: jax.Array
+    seed: jax.Array | int
+    rate: jax.Array | float
     scale: jax.Array | float = 1.0  # of the first kernels, times He's
     decay: jax.Array | float = 0.0  # of the weights
     rows: jax.Array | int = 10**9  # of a batch that are used, the first ones
@@ -95,7 +95,7 @@ def cross_entropy(logits, labels, weights=None):
 
 
 class Trained(NamedTuple):
-    params: dict
+    params: optax.Params
     states: dict
     loss: jax.Array  # [networks, steps], of the batch of each step
     accuracy: jax.Array  # [networks], on the test images

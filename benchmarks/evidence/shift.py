@@ -134,7 +134,12 @@ def draw(found, path) -> None:
             for percentile in range(len(PERCENTILES)):
                 width = 2 if PERCENTILES[percentile] == 50 else 1
                 axis.plot(x, values[:, percentile, feature], color=color, alpha=alpha, linewidth=width)
-        axis.set(title=f"input of three sigmoids, {kind}", xlabel="step", ylabel="15th, 50th, 85th percentile")
+        axis.set(
+            title=f"input of three sigmoids, {kind}",
+            xlabel="step",
+            ylabel="15th, 50th, 85th percentile",
+            ylim=(-3.6, 3.6),
+        )
     for kind, color in KINDS.items():
         claim.band(axes[1, 0], x, claim.array(found[kind]["loss"]), color)
         along = claim.array(found[kind]["along"])
@@ -143,7 +148,7 @@ def draw(found, path) -> None:
     axes[1, 0].set(title="training loss", xlabel="step", yscale="log")
     axes[1, 1].set(title="range of the loss along the gradient", xlabel="step", yscale="log")
     axes[1, 2].set(title="how far the gradient turns in a step", xlabel="step", yscale="log")
-    figures.names(axes[1, 0], {kind: kind for kind in KINDS}, KINDS)
+    figures.names(axes[1, 0], {kind: kind for kind in KINDS}, KINDS, at=(0.42, 0.76))
     figure.suptitle("What a layer is given over training, with and without batch norm, and with noise behind it")
     figures.save(figure, path)
 

@@ -16,7 +16,7 @@ def draws(count: int) -> dict[str, np.ndarray]:
     """Log-uniform: the rate from 1e-3 to 10, decay from 1e-6 to 1e-2, scale from 0.1 to 10, the batch from 8 to 256."""
     random = np.random.default_rng(0)
     ranges = {"rate": (1e-3, 10), "decay": (1e-6, 1e-2), "scale": (0.1, 10), "rows": (8, LARGEST)}
-    found = {name: np.exp(random.uniform(*np.log(limits), count)) for name, limits in ranges.items()}
+    found = {name: low * (high / low) ** random.uniform(size=count) for name, (low, high) in ranges.items()}
     return found | {"rows": found["rows"].astype(int)}
 
 

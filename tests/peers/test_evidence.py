@@ -1,21 +1,19 @@
 """The evidence, tiny: every claim is computed, kept, drawn and told; what is there is not computed again."""
 
+import importlib
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
+import claim
+import images
+import jax
+import networks
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "benchmarks" / "evidence"))
-
-import claim
-import images
-import networks
-
 evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence"), run_name="evidence")
 PAGE = ROOT / "docs" / "evidence.md"
 
@@ -40,8 +38,6 @@ def test_a_tiny_claim(name, folder, capsys):
 
 def test_the_network_is_what_it_says():
     """Against NumPy in float64: dense layers, each normalized, and a relu."""
-    import jax
-
     x = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
     params, states = networks.init(jax.random.key(0), 5, 7, 3, 4)
     for name in networks.NORMS:
@@ -66,8 +62,6 @@ def test_a_network_among_others_is_the_network_alone():
 
 
 def test_the_adding_task():
-    import jax
-
     x, target = images.adding(jax.random.key(0), 6, 10)
     values, marks = np.asarray(x[..., 0]), np.asarray(x[..., 1])
     assert (marks[:5].sum(0) == 1).all() and (marks[5:].sum(0) == 1).all()
@@ -77,7 +71,7 @@ def test_the_adding_task():
 @pytest.mark.parametrize("name", evidence["CLAIMS"])
 def test_the_page_holds_the_tables_of_the_record(name):
     """What the page says is what `--markdown` prints."""
-    module = __import__(name)
+    module = importlib.import_module(name)
     for line in module.tell(claim.read(ROOT / "docs" / "evidence" / f"{name}.json")):
         assert line in PAGE.read_text(), line
     facts = json.loads((ROOT / "docs" / "evidence" / f"{name}.json").read_text())["facts"]
