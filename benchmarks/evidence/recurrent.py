@@ -176,11 +176,11 @@ def draw(found, path) -> None:
     for kind, color in KINDS.items():
         loss = claim.array(found[f"adding, {kind}"]["loss"])
         claim.band(axes[0], 10 * (1 + np.arange(loss.shape[1])), loss, color)
-        claim.band(axes[1], LONGER, claim.array(found[f"adding, {kind}"]["exact"]), color, marker="o")
+        claim.band(axes[1], LONGER, claim.array(found[f"adding, {kind}"]["running"]), color, marker="o")
         claim.band(
             axes[2],
             [28 + below for below in BLANK],
-            100 * claim.array(found[f"rows, {kind}"]["exact"]),
+            100 * claim.array(found[f"rows, {kind}"]["running"]),
             color,
             marker="o",
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -111,11 +112,23 @@ def test_the_page_shows_what_was_recorded(name, stages, networks):
     path = ROOT / "docs" / f"{name}.json"
     content = json.loads(path.read_text())
     facts = {name: value for name, value in content.items() if name != "networks"}
-    record, page = Record(path, facts), (ROOT / "docs" / "small-batch.md").read_text()
+    record, page = Record(path, facts), (ROOT / "docs" / "developers" / "small-batch.md").read_text()
     assert content["settings"]["seeds"] == 3 and len(record.rows) == networks
     for stage in stages:
         assert record.markdown(stage) in page
         assert name != "small_batch" or record.noise(stage) in page
+
+
+def test_what_users_read_is_of_the_record():
+    short, whole = ((ROOT / "docs" / page).read_text() for page in ("small-batch.md", "developers/small-batch.md"))
+    rows = {"batch norm": "batch norm with `groups`, running", "renormalized": "renormalized, running"}
+    rows |= {"synchronized over devices": "synchronized, running", "group norm": "group norm"}
+    for name, line in rows.items():
+        (shown,), (found, *_) = (
+            re.findall(rf"^\| {text} \| (.*) \|$", page, re.MULTILINE) for text, page in ((name, short), (line, whole))
+        )
+        cells = found.split(" | ")
+        assert shown.split(" | ")[:2] == [cells[0], cells[2]]  # of 2 and 8 images
 
 
 @pytest.fixture
