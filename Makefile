@@ -11,10 +11,10 @@ help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
 	@echo '  Times are of 2 CPU cores, once .venv is there; the first call of a target installs what it needs, 1 to 3 minutes.'
 
-train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 11 min; ARGS="--help" lists the options
+train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 12 min; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
 
-test: .venv/.test ## Run the tests, three files at a time as some wait, MAKE_TEST_TIME; ARGS="-k NAME" picks some
+test: .venv/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 3 min
