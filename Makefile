@@ -17,8 +17,8 @@ train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to
 test: .venv/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 3 min
-	$(BIN)/python -m pytest tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py $(ARGS)
+peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py $(ARGS)
 
 lint: .venv/.dev .venv/.peers ## Check style and types, 20 s
 	$(BIN)/ruff check
