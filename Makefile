@@ -38,7 +38,7 @@ dist: .venv/.dev ## Build wheel and sdist in dist/, 10 s
 	$(BIN)/python -m build --no-isolation --outdir dist > /dev/null
 	@ls dist
 
-wheel: dist ## Test the wheel with jax alone, from another folder, WHEEL_TIME; VERSIONS="jax==0.10.0 jaxlib==0.10.0"
+wheel: dist ## Test the wheel with jax alone, from another folder, 6 min; VERSIONS="jax==0.10.0 jaxlib==0.10.0"
 	tests/wheel.sh $(PYTHON) $(VERSIONS)
 
 bench: .venv/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
