@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+footnotes: list[str] = []  # what every figure of a run has to say
 OWN, OTHER, THIRD, PLAIN = "tab:blue", "tab:orange", "tab:green", "tab:gray"
 plt.rcParams.update(
     {
@@ -72,5 +73,7 @@ def names(axis: Axes, texts: dict[str, str], colors: dict[str, str], at: tuple[f
 
 
 def save(figure: Figure, path: Path) -> None:
+    if footnotes:
+        figure.supxlabel("; ".join(footnotes), fontsize=10)
     figure.savefig(path)
     plt.close(figure)

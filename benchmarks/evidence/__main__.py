@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks" / "evidence"), str(ROOT / "benchmarks"), str(ROOT / "examples" / "cifar10")]
 
 import claim
+import figures
 import images
 import jax
 import matplotlib.pyplot as plt
@@ -76,6 +77,8 @@ def main(config: Config) -> None:
         found = run()
         records[name].add(job, jax.block_until_ready(found), time.perf_counter() - started)
         console.print(f"{name}: {job}, {time.perf_counter() - started:.0f} s")
+    names = {name for record in records.values() for name in record.facts["images"]}
+    figures.footnotes[:] = [f"images: {name}" for name in sorted(names) if name.startswith("embedded")]
     for name, module in modules.items():
         order = module.jobs(config.data, size)
         found = {job: records[name].jobs[job] for job in order}

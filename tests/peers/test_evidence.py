@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import claim
+import figures
 import images
 import jax
 import networks
@@ -29,6 +30,7 @@ def test_a_tiny_claim(name, folder, capsys):
     evidence["main"](config)
     told = capsys.readouterr().out
     assert "| --- |" in told and "embedded shapes" in told
+    assert figures.footnotes == ["images: embedded shapes"]
     assert all(figure.stat().st_size > 5000 for figure in folder.glob(f"{name}*.png"))
     jobs = claim.read(folder / f"{name}.json")
     assert all(f"{name}: {job}," in told for job in jobs)
