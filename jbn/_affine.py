@@ -21,10 +21,20 @@ class Affine(NamedTuple):
     bias: jax.Array
 
 
-def affine(x, weights, coefficients: Affine, axes, activation: Callable | None):
-    """y, rounded to the dtype of `x` behind the activation."""
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def affine(axes, activation: Callable | None, x, weights, coefficients: Affine):
+    """y of `x` in the dtype of statistics, which the activation is computed in too."""
     y = _before_activation(x, weights, coefficients, axes)
-    return select(weights, (y if activation is None else activation(y)).astype(x.dtype))
+    return select(weights, y if activation is None else activation(y))
+
+
+@affine.defjvp
+def _affine_jvp(axes, activation, primals, tangents):
+    """Arranged so that the transpose sums dy and dy * (x - mean) once each."""
+    (x, weights, coefficients), (x_dot, _, coefficients_dot) = primals, tangents
+    return affine(axes, activation, *primals), _tangent(
+        x, weights, coefficients, coefficients_dot, x_dot, axes, activation
+    )
 
 
 def _before_activation(x, weights, coefficients: Affine, axes):
@@ -32,20 +42,19 @@ def _before_activation(x, weights, coefficients: Affine, axes):
     return (deviation(x, weights, coefficients.mean, axes) - low) * slope + bias
 
 
-def affine_tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, axes, activation: Callable | None):
-    """The tangent of `affine`, arranged so that its transpose sums dy and dy * (x - mean) once each."""
+def _tangent(x, weights, coefficients: Affine, tangents: Affine, x_dot, axes, activation: Callable | None):
     mean, low, slope, _ = coefficients
     constant_dot = tangents.bias - low * tangents.slope - slope * (tangents.mean + tangents.mean_low)
     vectors = (slope, tangents.slope, constant_dot)
     slope, slope_dot, constant_dot = (jnp.expand_dims(vector, axes) for vector in vectors)
     if weights is None:  # for the sum of dy * (x - mean), in words of its own as in `measure`
         mean = mean + 0 * low
-    parts = slope * x_dot.astype(slope.dtype), deviation(x, weights, mean, axes) * slope_dot, constant_dot
+    parts = slope * x_dot, deviation(x, weights, mean, axes) * slope_dot, constant_dot
     if activation is None:
         y_dot = parts[0] + parts[1] + parts[2]
     else:
         y_dot = _activation_tangent(x, weights, coefficients, parts, axes, activation)
-    return select(weights, y_dot.astype(x.dtype))
+    return select(weights, y_dot)
 
 
 def _activation_tangent(x, weights, coefficients: Affine, parts, axes, activation: Callable):
@@ -58,27 +67,26 @@ def _activation_tangent(x, weights, coefficients: Affine, parts, axes, activatio
     """
 
     def together(first, second, third):
-        return _along(activation, _before_activation(x, weights, coefficients, axes), first + second + third)
+        return _slope(activation, _before_activation(x, weights, coefficients, axes)) * (first + second + third)
 
     def apart(*parts):
-        first, second, third = map(along, lax.optimization_barrier((own,) * 3), parts)
+        first, second, third = map(along, lax.optimization_barrier((mean,) * 3), parts)
         return first + second + third
 
-    def along(own, part):
-        _, slope, shift = (jnp.expand_dims(vector, axes) for vector in own)
-        y = deviation(x, weights, own[0], axes) * slope + shift
+    def along(mean, part):
+        y = deviation(x, weights, mean, axes) * jnp.expand_dims(slope, axes) + jnp.expand_dims(bias - low * slope, axes)
         if activation is jax.nn.relu:
             return lax.stop_gradient(jnp.sign(jnp.maximum(y, 0))) * part
-        return _along(activation, y, part)
+        return _slope(activation, y) * part
 
     mean, low, slope, bias = coefficients
-    own = mean, slope, bias - low * slope
     return lax.platform_dependent(*parts, cuda=apart, rocm=apart, default=together)
 
 
-def _along(activation: Callable, y, y_dot):
-    """The tangent of `activation` at `y` for `y_dot`, which may be broadcast along axes, of devices too."""
-    return jax.jvp(lambda shift: activation(y + shift), (jnp.zeros_like(y_dot),), (y_dot,))[1]
+def _slope(activation: Callable, y):
+    """The derivative of `activation` at each element of `y`."""
+    zero, one = jnp.zeros((), y.dtype), jnp.ones((), y.dtype)  # which differ along no axis of devices, whatever y does
+    return jax.jvp(lambda shift: activation(y + shift), (zero,), (one,))[1]
 
 
 def standardize(measured: Moments, params: Params, epsilon) -> Affine:
@@ -101,17 +109,12 @@ def _reciprocal_root_jvp(primals, tangents):
     return root, -0.5 * root**3 * tangents[0]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _by_given(axes, activation, x, weights, coefficients):
-    return affine(x, weights, coefficients, axes, activation)
+@partial(jax.jit, static_argnums=(0, 1))
+def normalize_by_given(axes, activation: Callable | None, x, weights, coefficients: Affine):
+    """`affine` in the dtype of `x`."""
 
+    def run(x, weights, coefficients):
+        y = affine(axes, activation, x.astype(coefficients.mean.dtype), weights, coefficients)
+        return y.astype(x.dtype)
 
-normalize_by_given = jax.jit(_by_given, static_argnums=(0, 1))
-
-
-@_by_given.defjvp
-def _by_given_jvp(axes, activation, primals, tangents):
-    x, weights, coefficients = primals
-    x_dot, _, coefficients_dot = tangents
-    tangent = remat(partial(affine_tangent, axes=axes, activation=activation))
-    return normalize_by_given(axes, activation, *primals), tangent(x, weights, coefficients, coefficients_dot, x_dot)
+    return remat(run)(x, weights, coefficients)

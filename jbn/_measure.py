@@ -84,41 +84,38 @@ def moments(
     return settled(_moments(axes, pool, x, weights, center))
 
 
+# The backward pass of what is wrapped in this keeps its arguments, `x` in its own dtype among them, and the measured
+# moments; it makes the rest again. It is around the rules for derivatives: what is in them is transposed.
+remat = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("jbn.moments"), prevent_cse=False)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # traced once for all batches of one shape
+def _moments(axes, pool, x, weights, center) -> Moments:
+    return remat(partial(named_moments, axes, pool))(x, weights, center)
+
+
+def named_moments(axes, pool, x, weights, center) -> Moments:
+    """What `measure` gives, by a name for policies of `jax.checkpoint`, with its derivative."""
+    measured = checkpoint_name(measure(*lax.stop_gradient((x, weights, center)), axes, pool), "jbn.moments")
+    if weights is None and not pool.names:  # a number that is known needs no name
+        measured = measured._replace(count=_count(x, None, axes, measured.mean.dtype))
+        measured = measured._replace(squares=measured.count)
+    return _followed(axes, pool, measured, x.astype(measured.mean.dtype), weights)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _rule(axes, pool, x, weights, center) -> Moments:
-    return measure(x, weights, center, axes, pool)
+def _followed(axes, pool, measured: Moments, x, weights) -> Moments:
+    """`measured`, with the derivative of measuring `x`, which so need not be measured again."""
+    return measured
 
 
-_moments = jax.jit(_rule, static_argnums=(0, 1))  # traced once for all batches of one shape
-
-
-def named_moments(*operands) -> Moments:
-    """What `_moments` gives, by a name for policies of `jax.checkpoint`."""
-    return checkpoint_name(_moments(*operands), "jbn.moments")
-
-
-@partial(_rule.defjvp, symbolic_zeros=True)
-def _moments_jvp(axes, pool, primals, tangents):
-    measured = named_moments(axes, pool, *primals)
-    x, weights, _ = primals
-    x_dot, weights_dot, _ = materialize(primals, tangents)
-    tangent = remat(partial(measure_tangent, axes=axes, pool=pool))
-    return measured, tangent(x, weights, measured, x_dot, weights_dot)
-
-
-# A tangent function under this keeps its arguments for the backward pass and makes the rest again.
-remat = partial(jax.checkpoint, prevent_cse=False)
-
-
-def materialize(primals, tangents) -> tuple:
-    """Tangents of (x, weights, ...) with arrays for symbolic zeros, but `None` for weights, where that saves work."""
-
-    def array(primal, tangent):
-        return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
-
-    x_dot, weights_dot, *rest_dot = tangents
-    x_dot, *rest_dot = jax.tree.map(array, (primals[0], *primals[2:]), (x_dot, *rest_dot))
-    return x_dot, None if isinstance(weights_dot, SymbolicZero) else weights_dot, *rest_dot
+@partial(_followed.defjvp, symbolic_zeros=True)
+def _followed_jvp(axes, pool, primals, tangents):
+    measured = _followed(axes, pool, *primals)  # with its own tangents: second derivatives are wrong without them
+    (_, x, weights), (_, x_dot, weights_dot) = primals, tangents
+    x_dot = jnp.zeros_like(x) if isinstance(x_dot, SymbolicZero) else x_dot
+    weights_dot = None if isinstance(weights_dot, SymbolicZero) else weights_dot
+    return measured, measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
 
 
 def measure(x, weights, center, axes, pool) -> Moments:

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._affine import affine_tangent, normalize_by_given, standardize
-from jbn._check import check_activation, check_batch, check_epsilon, check_groups, check_more_than_one
+from jbn._affine import affine, normalize_by_given, standardize
+from jbn._check import (
+    check_activation,
+    check_batch,
+    check_epsilon,
+    check_groups,
+    check_more_than_one,
+    statistics_dtype,
+)
 from jbn._fields import check_center, check_fields, features_of
 from jbn._layout import automatically, everywhere, layout_of
-from jbn._measure import materialize, measure_tangent, named_moments, remat, select, settled
+from jbn._measure import named_moments, remat, select, settled
 from jbn._measuring import held_by
 from jbn._merge import combine
 from jbn._pool import check_pool
@@ -162,30 +169,16 @@ def normalize_running(
     return normalize_by_given(axes, activation, x, weights, coefficients)
 
 
-def _measure_and_apply(axes, pool, coefficients, activation, x, weights, center, *operands):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced once for all layers of one shape
+def normalize_by_batch(axes, pool, coefficients: Callable, activation: Callable | None, x, weights, center, *operands):
     """`y` by the affine map of `coefficients(measured, *operands)`, and what was measured of `x` [...]."""
-    measured = named_moments(axes, pool, x, weights, center)
-    return normalize_by_given(axes, activation, x, weights, coefficients(measured, *operands)), measured
 
+    def run(x, weights, center, *operands):
+        wide = x.astype(statistics_dtype(x.dtype))  # once, so that the gradient of a narrower x is rounded once
+        measured = named_moments(axes, pool, wide, weights, center)
+        return affine(axes, activation, wide, weights, coefficients(measured, *operands)).astype(x.dtype), measured
 
-_by_batch = jax.custom_jvp(_measure_and_apply, nondiff_argnums=(0, 1, 2, 3))
-normalize_by_batch = jax.jit(_by_batch, static_argnums=(0, 1, 2, 3))  # traced once for all layers of one shape
-
-
-@partial(_by_batch.defjvp, symbolic_zeros=True)
-def _by_batch_jvp(axes, pool, coefficients, activation, primals, tangents):
-    def tangent(primals, measured, tangents):
-        x, weights, _, *operands = primals
-        x_dot, weights_dot, _, *operands_dot = tangents
-        x_dot = x_dot.astype(measured.mean.dtype)  # once, so that the gradient of a narrower x is rounded once
-        # The statistics bring their own tangents: second derivatives are wrong without them.
-        measured_dot = measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool)
-        affine, affine_dot = jax.jvp(coefficients, (measured, *operands), (measured_dot, *operands_dot))
-        return affine_tangent(x, weights, affine, affine_dot, x_dot, axes, activation), measured_dot
-
-    # Not by `_by_batch`, as a policy of `jax.checkpoint` does not see what is inside of a rule.
-    y, measured = _measure_and_apply(axes, pool, coefficients, activation, *primals)
-    return (y, measured), remat(tangent)(primals, measured, materialize(primals, tangents))
+    return remat(run)(x, weights, center, *operands)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
