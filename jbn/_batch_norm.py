@@ -11,7 +11,7 @@ from jbn._fields import check_fields, features_of
 from jbn._measure import moments
 from jbn._measuring import held_by
 from jbn._normalize import normalize_batch, normalize_running
-from jbn._types import Carried, Moments, Params, State
+from jbn._types import Carried, Moments, Params, State, sound
 from jbn._update import advance
 
 
@@ -44,11 +44,14 @@ def batch_norm(
     The variance is within 1e-4 where the batch's mean is within 12 standard deviations of the running one, as it is
     after the first step of a training. Beyond some 20 of them, as for a feature far from 0 in the first step or after a
     jump of the data, the variance used is at least what rounding can have made of it, 2e-6 of the squared distance, so
-    that `y` stays bounded in training, though not exact, nor are its gradients. The running mean becomes that of the
-    batch, whatever `decay`, and the running variance loses its evidence (weight 0). The next step replaces it whole,
-    and is exact if its batch is near this one. Each feature is for itself. Where a first step has to be exact on such
-    data: `recalibrate` on one batch before. Where the batches lie so far apart at every step: `normalize_batch` without
-    a center, and `update`.
+    that `y` stays bounded in training, though not exact, nor are its gradients. The running mean and variance become
+    those of the batch, whatever `decay`, with the evidence that they deserve: a weight of 1 - decay times 1e-3 of the
+    variance over what rounding can have made of it, and 0 where all of it may be rounding. Evaluation is as training
+    was, and the next step is exact if its batch is near this one. Each feature is for itself. Where a first step has to
+    be exact on such data: `recalibrate` on one batch before.
+
+    A feature of the state with a value that is not finite, or a variance below 0, has no evidence, whatever its weight:
+    training goes on as from a fresh one.
 
     Args:
       x: [...], float16, bfloat16, float32 or float64; statistics are float32 (float64 for float64 `x`).
@@ -111,6 +114,6 @@ def batch_norm(
         return y, advance(state, measured, unbiased=unbiased)
     x, _, axes = check_batch(x, feature_axis, weights)
     params = check_fields("params", params, Params, features_of(x, axes))
-    center = check_fields("state", state, State, features_of(x, axes)).mean
+    center = sound(check_fields("state", state, State, features_of(x, axes))).mean
     y, measured = normalize_batch(x, params, center=center, **options)
     return y, advance(state, measured, decay=decay, unbiased=unbiased, centered=True)

@@ -155,6 +155,7 @@ def check_center(center, features: Features, pool) -> jax.Array | None:
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"center is {array.dtype}; expected a floating-point type.")
-    array = lie(jnp.broadcast_to(array.astype(features.dtype), features.shape), features.layout)
+    array = jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array)).astype(features.dtype)
+    array = lie(jnp.broadcast_to(array, features.shape), features.layout)
     differing = tuple(name for name in pool.names if name in varying(array))
     return lax.stop_gradient(lax.pmean(array, differing) if differing else array)

@@ -16,8 +16,13 @@ def layout_of(x, axes=()) -> NamedSharding | None:
 
 
 def lie(array, layout: NamedSharding | None):
-    """`array` laid out like that."""
-    return array if layout is None else jax.sharding.reshard(array, layout)
+    """`array` laid out like that, and as it is where that is whole on every device, as it is itself.
+
+    There a `reshard` is not needed, and has no transpose under a `vmap` over an axis of the mesh.
+    """
+    if layout is None or not any((*layout.spec, *jax.typeof(array).sharding.spec)):
+        return array
+    return jax.sharding.reshard(array, layout)
 
 
 def everywhere(layout: NamedSharding) -> NamedSharding:
@@ -27,4 +32,5 @@ def everywhere(layout: NamedSharding) -> NamedSharding:
 
 def automatically(f: Callable, *layouts: NamedSharding | None) -> Callable:
     """`f` with the layout of what is in between left to the compiler, and its results laid out like that."""
-    return f if None in layouts else jax.sharding.auto_axes(f, out_sharding=layouts)
+    known = None not in layouts and any(part for layout in layouts for part in layout.spec)
+    return f if not known else jax.sharding.auto_axes(f, out_sharding=layouts)

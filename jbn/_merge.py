@@ -12,7 +12,7 @@ from jbn._check import as_array, known, statistics_dtype
 from jbn._fields import check_fields, check_states, features_of
 from jbn._measure import few_bits, nonzero, settled
 from jbn._measuring import held_by
-from jbn._types import Moments, State, is_state
+from jbn._types import Moments, State, is_state, sound
 
 States = TypeVar("States")
 
@@ -139,8 +139,9 @@ def _merged(path, shares, states) -> State:
     dtype = statistics_dtype(*(leaf.dtype for leaf in jax.tree.leaves(states)))
     mean, var, weight = (jnp.stack([field.astype(dtype) for field in fields]) for fields in zip(*states, strict=True))
     shares = jnp.reshape(shares.astype(dtype), (-1, *[1] * len(features.shape)))
-    evidence = shares * weight
-    merged = combine(Moments(evidence, mean, var, jnp.zeros_like(mean), evidence))
+    usable = sound(State(mean, var, weight))
+    evidence = shares * usable.weight
+    merged = combine(Moments(evidence, usable.mean, usable.var, jnp.zeros_like(mean), evidence))
     some = merged.count > 0
     new = State(jnp.where(some, merged.mean, mean[0]), jnp.where(some, merged.var, var[0]), merged.count)
     return lax.stop_gradient(jax.tree.map(lambda to, like: to.astype(like.dtype), new, states[0]))

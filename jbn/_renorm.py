@@ -23,7 +23,7 @@ from jbn._measure import settled
 from jbn._measuring import held_by
 from jbn._normalize import normalize_by_batch
 from jbn._pool import check_pool
-from jbn._types import Moments, Params, State
+from jbn._types import Moments, Params, State, sound
 from jbn._update import advance
 
 
@@ -112,7 +112,7 @@ def batch_renorm(
     x, weights, axes = check_batch(x, feature_axis, weights)
     pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
     params = check_fields("params", params, Params, features)
-    running = check_fields("state", state, State, features)
+    running = sound(check_fields("state", state, State, features))
     check_epsilon(epsilon)
     check_activation(activation, x)
     check_more_than_one(x, axes, pool)

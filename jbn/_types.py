@@ -1,9 +1,10 @@
 """The three values that flow through batch normalization."""
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.export
+import jax.numpy as jnp
 
 
 class Params(NamedTuple):
@@ -67,6 +68,19 @@ for _kind in (Params, State, Moments):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jbn.{_kind.__name__}")
 
 Carried = TypeVar("Carried", bound=State | Moments)  # what a layer hands on from one step to the next
+
+
+def sound(carried: Carried) -> Carried:
+    """`carried`, in which a feature with a value that is not finite, or a variance below 0, is as at the start."""
+    usable = carried.var >= 0
+    for field in carried:
+        usable &= jnp.isfinite(field)
+    start = {"var": 1.0} if isinstance(carried, State) else {}
+
+    def healed(name, field):
+        return jnp.where(usable, field, jnp.full_like(field, start.get(name, 0.0)))
+
+    return cast(Carried, type(carried)(**{name: healed(name, field) for name, field in carried._asdict().items()}))
 
 
 def is_state(value) -> bool:

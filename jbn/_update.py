@@ -13,7 +13,7 @@ from jbn._fields import check_fields, features_of
 from jbn._measure import nonzero, uncertainty
 from jbn._measuring import held_by, holding
 from jbn._merge import merge
-from jbn._types import Carried, Moments, State
+from jbn._types import Carried, Moments, State, sound
 
 ROUNDING = 1e-4  # of sums of weights: so near to 1 the effective number of values is 1
 
@@ -102,16 +102,22 @@ def _advance(old, moments, decay, amount, unbiased, centered):
     dtype = old.mean.dtype
     measured = _in(dtype, moments)
     amount = amount.astype(dtype)
-    if isinstance(old, Moments):
+    known = sound(old)
+    if isinstance(known, Moments):
         part = measured._replace(count=amount * measured.count, squares=amount**2 * measured.squares)
-        new, valid = merge(old, part), (measured.count > 0) & (amount > 0)
+        new, valid = merge(known, part), (measured.count > 0) & (amount > 0)
     else:
         fresh = amount * (1 - jnp.asarray(decay).astype(dtype))
         several = 1 - _reciprocal_number(measured)
         enough = several > ROUNDING
         var = measured.var / jnp.where(enough, several, jnp.ones_like(several)) if unbiased else measured.var
-        new = _decayed(old, measured._replace(var=var), fresh)
-        new = _unless_unknown(new, old, moments) if centered else new
+        new = _decayed(known, measured._replace(var=var), fresh)
+        if centered:
+            doubt, far = _doubt(known, moments)
+            excess = moments.var / jnp.where(far, doubt, jnp.ones_like(doubt)) - 1.001  # at the floor 0 for certain
+            certain = 1e-3 * jnp.maximum(excess, 0)
+            anew = State(measured.mean, var, fresh * certain.astype(dtype))
+            new = jax.tree.map(lambda without, other: jnp.where(far, without, other), anew, new)
         valid = (measured.count > 0) & enough & (fresh > 0) & jnp.isfinite(measured.count)
     for value in new:
         valid &= jnp.isfinite(value)
@@ -139,16 +145,15 @@ def _decayed(old: State, measured: Moments, fresh) -> State:
     return State((1 - share) * old.mean + share * measured.mean, (1 - share) * old.var + share * measured.var, weight)
 
 
-def _unless_unknown(new: State, old: State, measured: Moments) -> State:
-    """`new`, but from the batch's mean anew where that was too far from the running one to know the variance by it.
+def _doubt(old: State, measured: Moments):
+    """What rounding can have made of the variance, measured about the running mean, and whether that is too far away.
 
-    Unknown: more than 1e-3 of the variance, some 23 standard deviations, may be rounding. Not so where that is within
-    the rounding of x itself, nor where it is small beside a running variance that has evidence: such a batch, in which
-    the feature is constant, say, is averaged as any other.
+    Too far: more than 1e-3 of the variance, some 23 standard deviations, may be rounding. Then the batch is all that is
+    known of the feature, and counts by how certain its variance is. Not so where the doubt is within the rounding of x
+    itself, nor where it is small beside a running variance that has evidence: such a batch, in which the feature is
+    constant, say, is averaged as any other.
     """
     mean, var = measured.mean, measured.var
     doubt, rounding = uncertainty(mean - old.mean.astype(mean.dtype)), (jnp.finfo(mean.dtype).eps * mean) ** 2
     little = doubt <= 1e-4 * old.var.astype(var.dtype)
-    unknown = ~(doubt <= jnp.maximum(1e-3 * var, rounding)) & ((old.weight <= 0) | ~little)
-    anew = State(mean.astype(old.mean.dtype), old.var, jnp.zeros_like(old.weight))
-    return jax.tree.map(lambda without, other: jnp.where(unknown, without, other), anew, new)
+    return doubt, ~(doubt <= jnp.maximum(1e-3 * var, rounding)) & ((old.weight <= 0) | ~little)
