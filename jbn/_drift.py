@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jbn._check import check_epsilon
 from jbn._fields import check_states
 from jbn._survey import program, survey
-from jbn._types import is_state
+from jbn._types import is_state, usable
 
 
 class Drift(NamedTuple):
@@ -19,13 +19,17 @@ class Drift(NamedTuple):
       count: [*features], how many values were measured; where none was, the rest is 0, and the ratio 1.
       shift: [*features], in running standard deviations: above 0 where the data's mean is above the running one.
       ratio: [*features], standard deviation of the data to the running one.
-      error: [*features], what both do to the output in evaluation, in standard deviations of that in training.
+      error: [*features], what evaluation is off from training, in standard deviations of the output there: the root
+        mean square over all calls, each with its own statistics in training.
+      between: [*features], the part of the error that lies between calls: what would be left of it had the running
+        statistics been those of all calls together.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     shift: jax.Array
     ratio: jax.Array
     error: jax.Array
+    between: jax.Array
 
 
 def drift(
@@ -38,15 +42,18 @@ def drift(
 ) -> Any:
     """How far the running statistics of each normalization of a network are from those of given batches.
 
-    With s = sqrt(var + epsilon) of all batches together and s_run of the running statistics,
+    With s = sqrt(var + epsilon) of all batches together, s_c of one call and s_run of the running statistics,
 
         shift = (mean - mean_run) / s_run,  ratio = s / s_run
-        error = sqrt(shift^2 + (ratio - 1)^2 var / (var + epsilon))
+        error^2 = sum_c(count_c (var_c (1 / s_c - 1 / s_run)^2 + (mean_c - mean_run)^2 / s_run^2)) / count
+        between^2 = error^2 - shift^2 - (ratio - 1)^2 var / s^2, or 0
 
     The error is the root mean square of what a feature's output in evaluation is off from that in training, in units
     of |scale|: 0.1 goes unnoticed, at 1 the difference is as large as the output. Every layer is measured as in
     training, each batch normalized by its own statistics, so that a layer shows its own fault and not that of the
-    layers before it.
+    layers before it. What lies `between` calls `recalibrate` cannot mend: a layer that is shared by inputs of several
+    kinds (levels of a pyramid, real and fake, domains by turns), a loader that is sorted, batches of a few. There
+    training itself has to change: a state for each kind, mixed batches, larger ones or `batch_renorm`.
 
     Given the data of training, a drift is of the running statistics: too few steps, a decay too near to 1, params that
     moved faster than they did, batches that evaluation does not have. `recalibrate` mends it. Given the data of
@@ -79,7 +86,8 @@ def drift(
     """
     check_epsilon(epsilon)
     states = check_states("states", states)
-    measured = survey(program(apply), params, states, batches() if callable(batches) else batches, by_batch=True)
+    once = batches() if callable(batches) else batches
+    measured = survey(program(apply), params, states, once, epsilon=epsilon)
     if measured is None:
         raise ValueError(f"batches is a {type(batches).__name__} in which there are none; expected one at least.")
 
@@ -89,6 +97,11 @@ def drift(
         spread, running = (jnp.sqrt(of.var + epsilon) for of in (found, state))
         shift, ratio = (found.mean - state.mean) / running, spread / running
         narrower = (ratio - 1) ** 2 * found.var / jnp.where(spread > 0, spread, 1) ** 2
-        return Drift(total.count, shift, ratio, jnp.sqrt(shift**2 + narrower))
+        count = total.moments.count
+        squared = total.error / jnp.where(count > 0, count, 1)
+        of_all = jnp.where(count > 0, shift**2 + narrower, 0)
+        fields = shift, ratio, jnp.sqrt(squared), jnp.sqrt(jnp.maximum(squared - of_all, 0))
+        visible = (jnp.where(usable(state), field, jnp.nan) for field in fields)
+        return Drift(count, *visible)
 
     return jax.tree.map(apart, states, *measured, is_leaf=is_state)

@@ -1,6 +1,7 @@
 """Replace running statistics by the exact ones of given data."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from jbn._types import State, is_state
 from jbn._update import update
 
 States = TypeVar("States")
+TIED = 100  # passes, where one state is used several times in a call
 SETTLED = 1e-6  # standard deviations, or of the variance: some units in the last place of float32
 
 
@@ -37,7 +39,9 @@ def recalibrate(
     a layer that no other comes before. Every further pass normalizes by the statistics of the pass before, as
     evaluation will. After k passes those of the first k layers in sequence are exact: they do not depend on how the
     data is cut into batches, nor on the states passed in. It goes on until nothing changes, in as many passes as there
-    are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`. All this
+    are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`. Where one
+    state is used several times in a call, as in a network with tied layers, it goes on until that has settled, in 100
+    passes at most. All this
     goes for layers that are `batch_norm` or `batch_renorm`: `normalize_batch` sees no state, so that one composed of it
     and `update` is normalized by each batch in every pass.
 
@@ -50,7 +54,7 @@ def recalibrate(
         in every call of `recalibrate`.
         The mean and variance it sees are those that normalize, and those it gets back what was found so far: it may
         log them, and what it makes of them, clipped say, is kept. What was found travels in `weight`, of shape
-        `[*features, 1, 5 or 7]` here, which has to be handed on with them.
+        `[*features, 1, 9 or 10]` here, which has to be handed on with them.
       params: passed to `apply` as they are.
       states: a `State`, or a pytree of them; what else is in there goes in and comes back as it is.
       batches: passed to `apply` one by one, and gone through several times: a list, an array (one batch a row), or
@@ -70,9 +74,8 @@ def recalibrate(
         through only once.
       ValueError: `passes` is below 1, `apply` measures nothing, or a later pass finds no batches.
 
-    Notes:
-      A state that is used several times in one call of `apply` is normalized by what it is measured from; the passes
-      approach a fixed point there.
+    Warns:
+      UserWarning: a state that is used several times in a call has not settled in 100 passes.
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; passes after the first are ours.
 
@@ -89,38 +92,47 @@ def recalibrate(
     states, run = check_states("states", states), program(apply)
     found = filter(is_state, jax.tree.leaves(states, is_leaf=is_state))
     layers = sum(math.prod(state.mean.shape[:-1]) for state in found)  # those stacked for a scan count one by one
-    last = layers if passes is None else passes
-    for number in range(1, last + 1):
+    last, number, settled = layers if passes is None else passes, 0, False
+    while number < last and not settled:
+        number += 1
         once = batches() if callable(batches) else batches
         if last > 1 and once is batches and isinstance(once, Iterator):
             raise TypeError(
                 f"batches is a {type(batches).__name__}, which can be gone through once, and there may be {last} "
                 f"passes; pass a list, a function that starts anew, such as lambda: loader(), or passes=1."
             )
-        measured = survey(run, params, states, once, by_batch=number == 1)
+        measured = survey(run, params, states, once, epsilon=1e-5 if number == 1 else None)
         if measured is None and number > 1:
             raise ValueError(f"pass {number} found no batches: what batches gives must start anew each time.")
         if measured is None:
             break
-        states, settled = _replace(states, *measured, unbiased)
-        if number > 1 and settled:
-            break
+        states, same, tied = _replace(states, *measured, unbiased)
+        settled = number > 1 and bool(same)
+        if passes is None and tied:
+            last = TIED
+    if passes is None and last == TIED and not settled:
+        warnings.warn(
+            f"a state that is used several times in one call of apply has not settled in {TIED} passes: what it is "
+            f"measured from still moves it. Pass passes=, for as many as will do.",
+            stacklevel=2,
+        )
     return states
 
 
 @partial(jax.jit, static_argnums=3)
 def _replace(states, totals, found, unbiased):
-    """The states that were found, and whether they are the old ones to rounding."""
-    settled = []
+    """The states that were found, whether they are the old ones to rounding, and whether one was used several times."""
+    settled, tied = [], []
 
     def replaced(state, total, seen):
         if not is_state(state):
             return state
-        new = update(state, total, decay=0.0, unbiased=unbiased is not False)
+        tied.append(jnp.any(total.calls > 1))
+        new = update(state, total.moments, decay=0.0, unbiased=unbiased is not False)
         new = new if unbiased is not None else State(seen.mean, seen.var, new.weight)
         settled.append(jnp.all(jnp.abs(new.mean - state.mean) <= SETTLED * jnp.sqrt(new.var)))
         settled.append(jnp.all(jnp.abs(new.var - state.var) <= SETTLED * new.var))
         return new
 
     new = jax.tree.map(replaced, states, totals, found, is_leaf=is_state)
-    return new, jnp.all(jnp.stack(settled))
+    return new, jnp.all(jnp.stack(settled)), jnp.any(jnp.stack(tied))

@@ -16,24 +16,32 @@ from jbn._types import State, is_state
 
 NOTE = (
     "jbn was measuring what the states are given. If this is about a State: `mean` and `var` are as in training there, "
-    "and `weight` is [*features, 1, 5 or 7] and has to be handed on as it comes; a `vmap` over the last axis, as in "
+    "and `weight` is [*features, 1, 9 or 10] and has to be handed on as it comes; a `vmap` over the last axis, as in "
     "in_axes=-1, is not possible: stack states along their first."
 )
 
 
-def survey(run: Callable, params, states, batches: Iterable[Any], *, by_batch: bool) -> tuple[Any, Any] | None:
-    """Moments and states in the places of `states`: what was measured, and what `apply` made of it.
+def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=None) -> tuple[Any, Any] | None:
+    """`Held` and states in the places of `states`: what was measured, and what `apply` made of it.
 
-    Layers are normalized by each batch's own statistics, or else by `states`. `None` where there are no batches. `run`
-    is `program(apply)`.
+    With `epsilon` layers are normalized by each batch's own statistics, and compared with `states`; without it by
+    `states`. `None` where there are no batches. `run` is `program(apply)`.
     """
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; expected a list of batches, or what gives them.")
-    totals, found = empty_moments(states), None
+
+    def nothing(state):
+        moments = empty_moments(state)
+        zero = moments.mean
+        compared = None if epsilon is None else jnp.full_like(zero, epsilon)
+        return Held(moments, zero, zero, State(state.mean, state.var, zero), compared)
+
+    totals = jax.tree.map(lambda state: nothing(state) if is_state(state) else state, states, is_leaf=is_state)
+    found = None
     for batch in batches:
         previous = totals
         try:
-            totals, found = run(by_batch, params, states, totals, batch)
+            totals, found = run(params, states, totals, batch)
         except Exception as error:
             if isinstance(batches, jax.Array | np.ndarray):
                 error.add_note(
@@ -60,17 +68,17 @@ def program(apply) -> Callable:
     while isinstance(function, partial):
         function = function.func
     if not isinstance(function, FunctionType | jax.stages.Wrapped):
-        return jax.jit(partial(_measure, lambda: apply), static_argnums=0)
+        return jax.jit(partial(_measure, lambda: apply))
     if apply not in _programs:
-        _programs[apply] = jax.jit(partial(_measure, weakref.ref(apply)), static_argnums=0)
+        _programs[apply] = jax.jit(partial(_measure, weakref.ref(apply)))
     return _programs[apply]
 
 
-def _measure(living, by_batch, params, states, totals, batch):
+def _measure(living, params, states, totals, batch):
     """`totals` and what `batch` adds to them, and the states that `apply` gave back."""
 
     def hold(state, total):
-        return holding(state, total, None if by_batch else state) if is_state(state) else state
+        return holding(state, total._replace(calls=jnp.zeros_like(total.calls))) if is_state(state) else state
 
     given = jax.tree.map(hold, states, totals, is_leaf=is_state)
     try:
@@ -98,10 +106,13 @@ def _measure(living, by_batch, params, states, totals, batch):
     if all(new is old for old, new in weights):
         raise ValueError("apply measured nothing: apply the network with train=True, and give back its new states.")
 
-    def taken(state, new):
-        return cast(Held, held_by(new)).moments if is_state(state) else state
+    def taken(state, new, total):
+        if not is_state(state):
+            return state
+        held = cast(Held, held_by(new))
+        return held._replace(calls=jnp.maximum(total.calls, held.calls), running=total.running, epsilon=total.epsilon)
 
-    def found(state, new):
+    def found(state, new, _):
         return State(new.mean, new.var, state.weight) if is_state(state) else state
 
-    return tuple(jax.tree.map(of, states, result[1], is_leaf=is_state) for of in (taken, found))
+    return tuple(jax.tree.map(of, states, result[1], totals, is_leaf=is_state) for of in (taken, found))

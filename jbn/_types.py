@@ -70,15 +70,21 @@ for _kind in (Params, State, Moments):
 Carried = TypeVar("Carried", bound=State | Moments)  # what a layer hands on from one step to the next
 
 
-def sound(carried: Carried) -> Carried:
-    """`carried`, in which a feature with a value that is not finite, or a variance below 0, is as at the start."""
-    usable = carried.var >= 0
+def usable(carried: State | Moments) -> jax.Array:
+    """Which features are finite, with a variance that is not below 0: what else there is is no evidence."""
+    found = carried.var >= 0
     for field in carried:
-        usable &= jnp.isfinite(field)
+        found &= jnp.isfinite(field)
+    return found
+
+
+def sound(carried: Carried) -> Carried:
+    """`carried`, in which a feature that is not usable is as at the start."""
     start = {"var": 1.0} if isinstance(carried, State) else {}
+    fit = usable(carried)
 
     def healed(name, field):
-        return jnp.where(usable, field, jnp.full_like(field, start.get(name, 0.0)))
+        return jnp.where(fit, field, jnp.full_like(field, start.get(name, 0.0)))
 
     return cast(Carried, type(carried)(**{name: healed(name, field) for name, field in carried._asdict().items()}))
 

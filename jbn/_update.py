@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jbn._check import as_array, check_amount, check_decay
 from jbn._fields import check_fields, features_of
 from jbn._measure import nonzero, uncertainty
-from jbn._measuring import held_by, holding
+from jbn._measuring import Held, held_by, holding
 from jbn._merge import merge
 from jbn._types import Carried, Moments, State, sound
 
@@ -81,9 +81,9 @@ def advance(
 ) -> Carried:
     """`update`, where `centered` says that the moments were measured about the running mean."""
     if held := held_by(state):
-        total = advance(held.moments, moments, amount=amount)
-        found = advance(State(state.mean, state.var), total, decay=0.0, unbiased=unbiased)
-        return cast(Carried, holding(found, total, held.given))
+        held = _called(held, moments, amount)
+        found = advance(State(state.mean, state.var), held.moments, decay=0.0, unbiased=unbiased)
+        return cast(Carried, holding(found, held))
     kind = Moments if isinstance(state, Moments) else State
     old = check_fields("state", state, kind)
     if not old.mean.ndim:  # one number for all features
@@ -95,6 +95,18 @@ def advance(
         counts = (jnp.broadcast_to(value, features.shape) for value in (old.count, old.squares))
         old = old._replace(**dict(zip(("count", "squares"), counts, strict=True)))
     return cast(Carried, _advance(old, moments, decay, as_array("amount", amount), unbiased, centered))
+
+
+def _called(held: Held, moments: Moments, amount) -> Held:
+    """`held` and what one call more has measured."""
+    total, calls, error = advance(held.moments, moments, amount=amount), held.calls + 1, held.error
+    if held.epsilon is not None:
+        measured = _in(error.dtype, moments)
+        own, running = (1 / jnp.sqrt(var + held.epsilon) for var in (measured.var, held.running.var))
+        apart = (measured.mean - held.running.mean) * running
+        squared = jnp.where(measured.var > 0, measured.var * (own - running) ** 2, 0) + apart**2
+        error += jnp.where(total.count > held.moments.count, (total.count - held.moments.count) * squared, 0)
+    return Held(total, calls, error, held.running, held.epsilon)
 
 
 @partial(jax.jit, static_argnames=("unbiased", "centered"))

@@ -91,7 +91,7 @@ def test_a_target_network_follows_by_soft_updates():
         return online, jbn.merge_states(target, online, shares=[1 - tau, tau])
 
     online, target = step(online, target, rng.normal(100, 1, (256, 1)).astype(np.float32))
-    assert not target.weight.any()  # a first batch so far away is no evidence of a variance
+    assert (target.weight < 1e-5).all()  # a first batch so far away is next to no evidence of a variance
     for _ in range(100):
         online, target = step(online, target, rng.normal(100, 1, (256, 1)).astype(np.float32))
         assert_allclose(target.mean, 100, rtol=1e-3)

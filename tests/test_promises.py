@@ -212,7 +212,7 @@ EVIDENCE = {"fresh": jbn.init(len(RATIOS))[1], "known": jbn.init(len(RATIOS), de
 
 
 def first_steps(form):
-    """Training and evaluation of the batch [rows, ratios] that a feature starts with, the state, and that of another."""
+    """Training and evaluation of the first batch [rows, ratios], the state after it, and that after another."""
 
     def run(x, again, state, axis_name=None):
         params, _ = jbn.init(len(RATIOS))

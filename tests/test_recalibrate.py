@@ -475,7 +475,7 @@ def test_refusals_of_states_that_lose_what_was_measured():
         jbn.recalibrate(without, PARAMS, STATES, batches)
     with pytest.raises(Exception) as caught:
         jbn.recalibrate(by_weight, PARAMS, STATES, batches)
-    assert any("`weight` is [*features, 1, 5 or 7]" in note for note in caught.value.__notes__)
+    assert any("`weight` is [*features, 1, 9 or 10]" in note for note in caught.value.__notes__)
     last = jax.vmap(lambda n, s, x: jbn.batch_norm(x, n, s, train=True), in_axes=(None, -1, None), out_axes=(0, -1))
     stacked = jax.tree.map(lambda a: jnp.stack([a] * 3, -1), STATES[0])
     with pytest.raises(Exception) as caught:
