@@ -1,6 +1,6 @@
 """The everyday composition equals its pieces, and fits into the loops that people write."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +12,28 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jbn
 
 FEATURES = 3
-PARAMS = jbn.Params(jnp.asarray([0.5, -1.0, 2.0]), jnp.asarray([0.0, 1.0, -3.0]))
-STATE = jbn.State(jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.25, 1.0, 9.0]), jnp.full(FEATURES, 0.5))
+PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
+STATE = jbn.State(np.float32([1, 2, 3]), np.float32([0.25, 1, 9]), np.full(FEATURES, 0.5, np.float32))
 MASK = np.array([True, False, True, True, False, True, True, True])
 
 
 def sample(shape=(8, FEATURES), seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape).astype(np.float32))
+    return np.random.default_rng(seed).normal(1, 2, shape).astype(np.float32)
 
 
 def assert_same(got, expected):
     jax.tree.map(assert_array_equal, got, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"weights": MASK, "epsilon": 1e-2}, {"feature_axis": (-1,)}], ids=["plain", "mask", "tuple"]
-)
+@pytest.mark.parametrize("options", [{}, {"weights": MASK, "epsilon": 1e-2, "feature_axis": (-1,)}])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_training_is_normalize_batch_and_update(options, unbiased):
-    got = jbn.batch_norm(sample(), PARAMS, STATE, train=True, decay=0.7, unbiased=unbiased, **options)
-    y, measured = jbn.normalize_batch(sample(), PARAMS, center=STATE.mean, **options)
-    assert_same(got[0], y)
-    after = jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)
+    y, state = jbn.batch_norm(sample(), PARAMS, STATE, train=True, decay=0.7, unbiased=unbiased, **options)
+    expected, measured = jbn.normalize_batch(sample(), PARAMS, center=STATE.mean, **options)
+    assert_same(y, expected)
     # Two programs, in which a multiply-add may be rounded once or twice.
-    jax.tree.map(partial(assert_allclose, rtol=3e-7), got[1], after)
+    after = jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)
+    jax.tree.map(partial(assert_allclose, rtol=3e-7), state, after)
 
 
 @pytest.mark.parametrize("weights", [None, MASK], ids=["plain", "mask"])
@@ -45,6 +43,7 @@ def test_a_run_of_steps_and_an_evaluation(weights):
     for seed in range(4):
         x = sample(seed=seed)
         y, state = step(x, PARAMS, state, weights=weights)
+        y = np.asarray(y)
         measured = reference.moments(x, weights)
         expected = reference.normalize(x, *measured[1:], *PARAMS)
         plain = reference.update(plain, measured)
@@ -61,10 +60,10 @@ def test_evaluation_leaves_the_state_and_ignores_the_axis_name():
 
 
 def test_evaluation_blanks_masked_positions():
-    x = sample().at[1].set(jnp.nan)
-    y, _ = jbn.batch_norm(x, PARAMS, STATE, train=False, weights=MASK)
+    x = np.where(MASK[:, None], sample(), np.float32(np.nan))
+    y = np.asarray(jbn.batch_norm(x, PARAMS, STATE, train=False, weights=MASK)[0])
     assert_array_equal(y[~MASK], np.zeros((2, FEATURES)))
-    assert_array_equal(y[MASK], jbn.normalize_running(x, PARAMS, STATE)[MASK])
+    assert_array_equal(y[MASK], np.asarray(jbn.normalize_running(x, PARAMS, STATE))[MASK])
 
 
 def test_evaluation_of_a_single_value():
@@ -72,12 +71,12 @@ def test_evaluation_of_a_single_value():
     assert_allclose(y, reference.normalize(sample((1, FEATURES)), *STATE[:2], *PARAMS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("train", [True, False, np.True_])
-def test_jit_with_train_static(train):
+def test_jit_with_train_static():
     f = jax.jit(jbn.batch_norm, static_argnames=("train", "feature_axis", "unbiased"))
-    got = f(sample(), PARAMS, STATE, train=bool(train), decay=0.5)
-    expected = jbn.batch_norm(sample(), PARAMS, STATE, train=train, decay=0.5)
-    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), got, expected)
+    for train in (True, False, np.True_):
+        got = f(sample(), PARAMS, STATE, train=bool(train))
+        expected = jbn.batch_norm(sample(), PARAMS, STATE, train=train)
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), got, expected)
 
 
 def test_a_traced_train_is_refused_with_the_alternatives():
@@ -109,8 +108,7 @@ def test_values_are_plain_pytrees(params):
         again = jax.tree.unflatten(structure, leaves)
         assert type(again) is type(value)
         assert_same(again, value)
-        assert type(jax.tree.map(lambda a: a * 2, value)) is type(value)
-        assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+        assert type(jax.tree.map(np.shape, value)) is type(value)
 
 
 def test_scan_carries_the_state():
@@ -118,7 +116,7 @@ def test_scan_carries_the_state():
     step = lambda state, x: jbn.batch_norm(x, PARAMS, state, train=True)[::-1]  # noqa: E731
     after, ys = jax.jit(lambda state: jax.lax.scan(step, state, batches))(STATE)
     plain = [np.float64(field) for field in STATE]
-    for x, y in zip(batches, ys, strict=True):
+    for x, y in zip(batches, np.asarray(ys), strict=True):
         measured = reference.moments(x)
         plain = reference.update(plain, measured)
         assert_allclose(y, reference.normalize(x, *measured[1:], *PARAMS), rtol=1e-5, atol=1e-5)
@@ -126,23 +124,23 @@ def test_scan_carries_the_state():
 
 
 def test_vmap_over_an_ensemble():
-    params, state = jax.tree.map(lambda a: jnp.stack([a, a + 0.5]), (PARAMS, STATE))
-    got = jax.vmap(partial(jbn.batch_norm, train=True), (None, 0, 0))(sample(), params, state)
+    params, state = jax.tree.map(lambda a: np.stack([a, a + np.float32(0.5)]), (PARAMS, STATE))
+    got = jax.jit(jax.vmap(partial(jbn.batch_norm, train=True), (None, 0, 0)))(sample(), params, state)
     for member in range(2):
-        one = jax.tree.map(lambda a: a[member], (params, state))  # noqa: B023
-        expected = jbn.batch_norm(sample(), *one, train=True)
-        mine = jax.tree.map(lambda a: a[member], got)  # noqa: B023
-        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), mine, expected)
+        own = lambda tree, member=member: jax.tree.map(lambda a: np.asarray(a)[member], tree)  # noqa: E731
+        expected = jbn.batch_norm(sample(), *own((params, state)), train=True)
+        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), own(got), expected)
 
 
 def test_a_bad_batch_does_not_poison_the_state():
-    bad = sample().at[2, 1].set(jnp.nan)
-    y, after = jbn.batch_norm(bad, PARAMS, STATE, train=True)
-    good = jbn.batch_norm(sample(), PARAMS, STATE, train=True)
+    bad = sample()
+    bad[2, 1] = np.nan
+    y, after = jax.device_get(jbn.batch_norm(bad, PARAMS, STATE, train=True))
+    good = jax.device_get(jbn.batch_norm(sample(), PARAMS, STATE, train=True))
     assert_same([field[1] for field in after], [field[1] for field in STATE])
     assert np.isnan(y[:, 1]).all()
-    others = np.array([0, 2])
-    assert_same([a[..., others] for a in (y, *after)], [a[..., others] for a in (good[0], *good[1])])
+    others = lambda tree: jax.tree.map(lambda a: a[..., [0, 2]], tree)  # noqa: E731
+    assert_same(others((y, after)), others(good))
 
 
 def test_init():
@@ -182,51 +180,55 @@ AS_GIVEN = {
     "lists": (jbn.Params([1.0] * FEATURES, [0.0] * FEATURES), jbn.State([0.0] * FEATURES, [1.0] * FEATURES)),
     "whole numbers": (jbn.Params(1, 0), jbn.State(0, 1, 1)),
     "lists of whole numbers": (jbn.Params([1] * FEATURES, (0,) * FEATURES), jbn.State([0] * FEATURES, [1] * FEATURES)),
-    "NumPy": (jbn.Params(*np.eye(2, FEATURES, dtype=np.float32) * 0 + [[1], [0]]), SAME),
     "NumPy in float64": (jbn.Params(np.ones(FEATURES), np.zeros(FEATURES)), jax.tree.map(np.float64, SAME)),
     "NumPy scalars": (jbn.Params(np.float32(1), np.float64(0)), jbn.State(np.float32(0), np.float64(1), np.ones(()))),
 }
 
 
+def every(x, params, state):
+    """What every public function gives."""
+    return (
+        train(params, state, x),
+        jbn.batch_norm(x, params, state, train=False)[0],
+        jbn.batch_renorm(x, params, state, train=True),
+        jbn.normalize_batch(x, params, center=state.mean),
+        jbn.normalize_running(x, params, state),
+        jbn.update(state, jbn.moments(x, center=0)),
+        jbn.merge(jbn.Moments(0.0, state.mean, state.var), jbn.moments(x)),
+        jbn.merge_states(state, SAME, shares=[1, 2]),
+        jbn.update(jbn.empty_moments(SAME), jbn.moments(x)),
+        jbn.normalize_running(x, params, jbn.Moments(2, state.mean, state.var)),
+        jbn.batch_norm(x, params, jbn.Moments(0, state.mean, state.var, 0, 0), train=True),
+        jbn.batch_norm(x[None], params, state, train=True, feature_axis=[2], weights=[[1, 0, 2, 1, 1, 1, 1, 1]]),
+    )
+
+
+def train(params, state, x):
+    return jbn.batch_norm(x, params, state, train=True)
+
+
+@cache
+def of_arrays():
+    params = jbn.Params(np.ones(FEATURES, np.float32), np.zeros(FEATURES, np.float32))
+    over = [f(train, params, SAME, [sample()]) for f in (jbn.recalibrate, jbn.drift)]
+    return *jax.jit(every)(sample(), params, SAME), *over
+
+
 @pytest.mark.parametrize(("params", "state"), AS_GIVEN.values(), ids=AS_GIVEN)
-@pytest.mark.parametrize("traced", [False, True])
-def test_what_stands_for_arrays(params, state, traced):
-    """In every public function."""
-    x, arrays = sample(), jbn.Params(jnp.ones(FEATURES), jnp.zeros(FEATURES))
-
-    def every(x, params, state):
-        apply = partial(jbn.batch_norm, train=True)
-        return (
-            apply(x, params, state),
-            jbn.batch_norm(x, params, state, train=False)[0],
-            jbn.batch_renorm(x, params, state, train=True),
-            jbn.normalize_batch(x, params, center=state.mean),
-            jbn.normalize_running(x, params, state),
-            jbn.update(state, jbn.moments(x, center=0)),
-            jbn.merge(jbn.Moments(0.0, state.mean, state.var), jbn.moments(x)),
-            jbn.merge_states(state, SAME, shares=[1, 2]),
-            jbn.update(jbn.empty_moments(jax.tree.map(jnp.asarray, SAME)), jbn.moments(x)),
-            jbn.normalize_running(x, params, jbn.Moments(2, state.mean, state.var)),
-            jbn.batch_norm(x, params, jbn.Moments(0, state.mean, state.var, 0, 0), train=True),
-            jbn.batch_norm(x[None], params, state, train=True, feature_axis=[2], weights=[[1, 0, 2, 1, 1, 1, 1, 1]]),
-        )
-
-    run = jax.jit(lambda x: every(x, params, state)) if traced else lambda x: every(x, params, state)
-    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), run(x), every(x, arrays, SAME))
-    if not traced:
-        for over in (jbn.recalibrate, jbn.drift):
-            network = lambda p, s, x: jbn.batch_norm(x, p, s, train=True)  # noqa: E731
-            found, wanted = over(network, params, state, [x]), over(network, arrays, SAME, [x])
-            jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), found, wanted)
+def test_what_stands_for_arrays(params, state):
+    """In every public function, outside of jit and inside."""
+    over = [f(train, params, state, [sample()]) for f in (jbn.recalibrate, jbn.drift)]
+    found = *every(sample(), params, state), *over
+    jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), found, of_arrays())
+    inside = jax.eval_shape(lambda x: every(x, params, state), sample())
+    assert jax.tree.map(lambda a: a.shape, inside) == jax.tree.map(lambda a: a.shape, of_arrays()[:-2])
 
 
 def test_lists_of_features_and_axes():
     jax.tree.map(assert_array_equal, jbn.init([2, 3]), jbn.init((2, 3)))
     x, (params, state) = sample((4, 2, 5, 3)), jbn.init([2, 3])
-    for given in ([1, 3], (1, 3), [3, -3], np.array([1, 3]).tolist()):
-        assert_same(
-            jbn.batch_norm(x, params, state, train=True, feature_axis=given),
-            jbn.batch_norm(x, params, state, train=True, feature_axis=(1, 3)),
-        )
-    lane = lambda x: jbn.batch_norm(x, params, state, train=True, feature_axis=[0, 2], axis_name=["i"])  # noqa: E731
-    assert jax.vmap(lane, axis_name="i")(x)[0].shape == x.shape
+    run = partial(jbn.batch_norm, params=params, state=state, train=True)
+    for given in ([1, 3], [3, -3]):
+        assert_same(run(x, feature_axis=given), run(x, feature_axis=(1, 3)))
+    lane = lambda x: run(x, feature_axis=[0, 2], axis_name=["i"])  # noqa: E731
+    assert jax.eval_shape(jax.vmap(lane, axis_name="i"), x)[0].shape == x.shape

@@ -1,6 +1,6 @@
 """JAX's own checks for NaN and infinity: nothing is raised for what is masked, nor is another's NaN blamed on jbn."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,6 @@ def evaluation(x, weights):
     return jnp.sum(y**2), (y, state)
 
 
-def nothing(x, weights):
-    """All of it is masked."""
-    return training(jbn.batch_norm, x, weights=weights & False)
-
-
-def single(x, weights):
-    return training(jbn.batch_norm, x, weights=weights & (jnp.arange(len(x)) == 2))
-
-
 EVERY = {
     "batch_norm": lambda x, weights: training(jbn.batch_norm, x, weights=weights),
     "batch_norm without epsilon": lambda x, weights: training(jbn.batch_norm, x, weights=weights, epsilon=0.0),
@@ -51,8 +42,8 @@ EVERY = {
     "real weights": lambda x, weights: training(jbn.batch_norm, x, weights=weights.astype(jnp.float32) * 0.3),
     "repeats": lambda x, weights: training(jbn.batch_norm, x, weights=weights.astype(jnp.int32) * 2),
     "weights by feature": lambda x, weights: training(jbn.batch_norm, x, weights=jnp.stack([weights] * 3, -1)),
-    "nothing": nothing,
-    "a single value": single,
+    "nothing": lambda x, weights: training(jbn.batch_norm, x, weights=weights & False),
+    "a single value": lambda x, weights: training(jbn.batch_norm, x, weights=weights & (jnp.arange(len(x)) == 2)),
     "batch_renorm": lambda x, weights: training(jbn.batch_renorm, x, weights=weights, r_max=1e3),
     "evaluation": evaluation,
     "composed": composed,
@@ -60,36 +51,37 @@ EVERY = {
 every = pytest.mark.parametrize("f", EVERY.values(), ids=EVERY)
 
 
-def batch(bad):
+def batch(bad=3.0):
     x = np.random.default_rng(0).normal(3, 2, (8, FEATURES)).astype(np.float32)
     x[~MASK] = bad
     return jnp.asarray(x)
 
 
-@cache
-def gradients(f, compiled):
-    """The same function for every `bad`: it is compiled once."""
-    step = jax.value_and_grad(partial(f, weights=jnp.asarray(MASK)), has_aux=True)
-    return jax.jit(step) if compiled else step
-
-
 @every
-@pytest.mark.parametrize(("bad", "compiled"), [(np.nan, False), *((bad, True) for bad in BAD.values())])
-def test_debug_nans_and_infs(f, bad, compiled):
-    x = batch(bad)  # which JAX would look at too
-    with jax.debug_nans(True), jax.debug_infs(True):
-        _, dx = gradients(f, compiled)(x)
-    assert np.isfinite(dx).all()
-    assert not dx[~MASK].any()
-
-
-@every
-def test_checkify(f):
+def test_debug_nans_and_infs(f):
+    """Outside of jit, where JAX looks at the result of every operation, forward and backward."""
     step = jax.value_and_grad(partial(f, weights=jnp.asarray(MASK)), has_aux=True)
-    checked = checkify.checkify(step, errors=checkify.float_checks | checkify.index_checks)
-    error, (_, dx) = jax.jit(checked)(batch(np.nan))
-    error.throw()
-    assert not dx[~MASK].any()
+    for bad in BAD.values():
+        x = batch(bad)  # which JAX would look at too
+        with jax.debug_nans(True), jax.debug_infs(True):
+            _, dx = step(x)
+        assert np.isfinite(dx).all()
+        assert not np.asarray(dx)[~MASK].any()
+
+
+def test_checkify():
+    """Several in one program: each operation is checked inside of jit too, for divisions by 0 as well."""
+    several = [EVERY[name] for name in ("batch_norm without epsilon", "real weights", "nothing", "composed")]
+
+    def steps(x):
+        return [jax.value_and_grad(partial(f, weights=jnp.asarray(MASK)), has_aux=True)(x)[1] for f in several]
+
+    checked = jax.jit(checkify.checkify(steps, errors=checkify.float_checks | checkify.index_checks))
+    for bad in BAD.values():
+        error, found = checked(batch(bad))
+        error.throw()
+        for dx in found:
+            assert np.isfinite(dx).all() and not np.asarray(dx)[~MASK].any()
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
@@ -99,7 +91,7 @@ def test_the_nan_of_another_is_found_where_it_is_made(where):
         y, _ = jbn.batch_norm(x, PARAMS, STATE, train=True, weights=MASK)
         return jnp.log(-jnp.abs(y) - 1) if where == "after" else y
 
-    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (8, FEATURES)).astype(np.float32))
+    x = batch()
     for f in (step, jax.jit(step)):
         with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in log"):
             f(x)

@@ -1,6 +1,7 @@
 """Every way of splitting a batch gives the outputs, the state and the gradients of the whole."""
 
-from functools import partial
+from functools import cache, partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,31 @@ import jbn
 
 # Variances and weights away from 0 and 1, so that a state that is left alone differs from one that is made anew.
 STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
-masks = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+# One of each kind: where the rows, the features or the members are split, by hand and by the compiler.
+KINDS = (
+    "one device",
+    "vmap",
+    "shard_map",
+    "explicit, features in shard_map",
+    "shard_map unchecked",
+    "explicit, features",
+    "scan in shard_map",
+    "vmap of explicit, rows",
+    "automatic, features",
+    "explicit, partly manual",
+)
+CASES = [
+    *product(ways.WAYS, [jnp.float32], [True]),
+    *product(KINDS, [jnp.float32], [False]),
+    *product(KINDS[1::2], [jnp.bfloat16], [True]),
+]
 
 
 def assert_close(got, wanted, tolerance=ways.TOLERANCE):
     jax.tree.map(partial(assert_allclose, rtol=tolerance, atol=tolerance), tuple(got), tuple(wanted))
 
 
-@pytest.mark.parametrize("way", ways.WAYS)
-@pytest.mark.parametrize(("dtype", "masked"), [(jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)])
+@pytest.mark.parametrize(("way", "dtype", "masked"), CASES)
 def test_the_split_batch_is_the_whole(way, dtype, masked):
     for offset in (0.0, 1e3):
         assert not ways.too_far(ways.compare(way, dtype, masked, offset))
@@ -40,7 +57,7 @@ def test_a_batch_wholly_masked_changes_nothing(way):
         assert_array_equal(zero, np.zeros(zero.shape))
 
 
-@pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked", "vmap", "pmap"])
+@pytest.mark.parametrize("way", ["shard_map", "shard_map unchecked"])
 def test_real_weights(way):
     x, _, dy = ways.batch()
     weights = np.random.default_rng(1).uniform(0, 2, (*ways.SHAPE[:2], 1)).astype(np.float32)
@@ -85,7 +102,7 @@ def first_share(gradients, axis_name):
     return jax.lax.psum(jax.tree.map(lambda a: jnp.where(first, a, jnp.zeros_like(a)), gradients), axis_name)
 
 
-@pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map unchecked", "vmap in unchecked shard_map"])
+@pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map unchecked"])
 def test_parameter_gradients_that_arrive_as_shares(way):
     """Without a psum they are those of a device's own losses, which are not those of the batch."""
     x, _, dy = operands = ways.batch()
@@ -128,8 +145,7 @@ def test_parameter_gradients_from_outside_arrive_summed(way):
     assert_close((dx, *dparams), reference.gradients(x, dy, PARAMS.scale))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@masks
+@pytest.mark.parametrize(("check_vma", "masked"), [(True, True), (False, False)])
 def test_derivatives_of_a_shard_map(check_vma, masked):
     """Forward mode, and second order, taken from outside."""
     x, scale = jnp.asarray(ways.batch()[0]), jnp.asarray(PARAMS.scale)
@@ -158,12 +174,11 @@ def test_derivatives_of_a_shard_map(check_vma, masked):
     assert_close(jax.jit(lambda: derivatives(ours))(), jax.jit(lambda: derivatives(textbook))(), 1e-4)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_features(axis_type):
+def test_features_of_an_explicit_mesh_that_is_set():
     rng = np.random.default_rng(3)
-    x, dy = jnp.asarray(rng.standard_normal((2, 8, 16)).astype(np.float32))
+    x, dy = rng.standard_normal((2, 8, 16)).astype(np.float32)
     params, state = jbn.init(16)
-    grid = ways.mesh(axis_type, i=4, j=2)
+    grid = ways.mesh(AxisType.Explicit, i=4, j=2)
     with jax.set_mesh(grid):
         put = lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(grid, spec)), tree)  # noqa: E731
         fields = jbn.State(*put(state[:2], P("j")), put(state.weight, P()))
@@ -176,19 +191,29 @@ def test_sharded_features(axis_type):
     assert_close((dx, *dparams), reference.gradients(x, dy, params.scale))
 
 
-@pytest.mark.parametrize("normalize", [jbn.batch_norm, jbn.batch_renorm])
-@pytest.mark.parametrize("of_state", [P(), P("j")])
-@pytest.mark.parametrize("of_x", [P("i", None, "j"), P("i")])
+@cache
+def two_steps(normalize):
+    def run(x, params, state):
+        step = lambda state, _: normalize(x, params, state, train=True)[::-1]  # noqa: E731
+        return jax.lax.scan(step, state, length=2)[0]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_state", "normalize"),
+    [
+        (P("i", None, "j"), P(), jbn.batch_norm),
+        (P("i"), P("j"), jbn.batch_norm),
+        (P("i", None, "j"), P("j"), jbn.batch_renorm),
+        (P("i"), P(), jbn.batch_renorm),
+    ],
+)
 def test_a_state_keeps_its_own_layout(of_x, of_state, normalize):
     """On an explicit mesh the layout is part of the type: another one could not be carried by a scan."""
     grid = ways.mesh(AxisType.Explicit, i=2, j=3)
     x, *_ = ways.batch()
     put = lambda tree, spec: jax.device_put(tree, NamedSharding(grid, spec))  # noqa: E731
-
-    def two(x, params, state):
-        step = lambda state, _: normalize(x, params, state, train=True)[::-1]  # noqa: E731
-        return jax.lax.scan(step, state, length=2)[0]
-
-    after = jax.jit(two)(put(x, of_x), put(PARAMS, P()), put(STATE, of_state))
+    after = two_steps(normalize)(put(x, of_x), put(PARAMS, P()), put(STATE, of_state))
     assert all(field.sharding.is_equivalent_to(NamedSharding(grid, of_state), 1) for field in after)
-    jax.tree.map(partial(assert_allclose, rtol=1e-6, atol=1e-6), after, two(x, PARAMS, STATE))
+    jax.tree.map(partial(assert_allclose, rtol=1e-6, atol=1e-6), after, two_steps(normalize)(x, PARAMS, STATE))
