@@ -1,56 +1,69 @@
-# Every target makes the environment it needs in .venv, from the versions in constraints.txt, and only when those change.
+# Every target makes the environment it needs in VENV, from the versions in constraints.txt, and only when those change.
 PYTHON ?= python3
+VENV ?= .venv
 ARGS ?=
 VERSIONS ?=
-BIN := .venv/bin
+TESTS ?=
+BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test peers lint format docs dist wheel bench clean
+.PHONY: help train test peers lint format docs dist wheel bench clean runs same
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
 	@echo '  Times are of 2 CPU cores, once .venv is there; the first call of a target installs what it needs, 1 to 3 minutes.'
 
-train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 12 min; ARGS="--help" lists the options
+train: $(VENV)/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 12 min; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
 
-test: .venv/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
+test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-peers: .venv/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py $(ARGS)
+peers: $(VENV)/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(or $(TESTS),tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py) $(ARGS)
 
-lint: .venv/.dev .venv/.peers ## Check style and types, 20 s
+lint: $(VENV)/.dev $(VENV)/.peers ## Check style and types, 20 s
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: .venv/.dev ## Mend what ruff can mend, 1 s
+format: $(VENV)/.dev ## Mend what ruff can mend, 1 s
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: .venv/.docs ## Build the site in site/, strictly and without network, 2 s
+docs: $(VENV)/.docs ## Build the site in site/, strictly and without network, 2 s
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'site/index.html'
 
-dist: .venv/.dev ## Build wheel and sdist in dist/, 10 s
+dist: $(VENV)/.dev ## Build wheel and sdist in dist/, 10 s
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist > /dev/null
 	@ls dist
 
-wheel: dist ## Test the wheel with jax alone, from another folder, 6 min; VERSIONS="jax==0.10.0 jaxlib==0.10.0"
-	tests/wheel.sh $(PYTHON) $(VERSIONS)
+wheel: runs dist ## Test the wheel with jax alone, from another folder, 6 min; VERSIONS="jax==0.10.0 jaxlib==0.10.0" TESTS="FILES"
+	TESTS="$(TESTS)" tests/wheel.sh $(PYTHON) $(VERSIONS)
 
-bench: .venv/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
+bench: $(VENV)/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
 	$(BIN)/python benchmarks $(ARGS)
 
 clean: ## Remove the environment and what was built
-	rm -rf .venv site dist
+	rm -rf $(VENV) site dist
 
-$(BIN)/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found; 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+runs: # PYTHON, asked for where an environment has to be made of it
+	@$(PYTHON) -c '' 2> /dev/null || { echo '$(PYTHON) does not run here; give one that does: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 or newer is needed: make PYTHON=/path/to/python3.12")'
 
-.venv/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(BIN)/python: | runs
+	$(PYTHON) -m venv $(VENV)
+
+# A PYTHON that is given has to be the one of the environment. That of `make wheel` has an environment of its own.
+GIVEN := $(if $(filter wheel,$(MAKECMDGOALS)),,$(filter-out file,$(origin PYTHON)))
+
+same: | runs $(BIN)/python
+	@version='import sys; print("Python %d.%d" % sys.version_info[:2])'; \
+	asked=$$($(PYTHON) -c "$$version"); there=$$($(BIN)/python -c "$$version"); [ "$$asked" = "$$there" ] || { \
+	echo "$(VENV) has $$there, and $(PYTHON) is $$asked. Beside it: make VENV=.venv-$${asked#Python } PYTHON=$(PYTHON) ...; in its place: make clean first." >&2; exit 1; }
+
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python $(if $(GIVEN),same)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -13,7 +13,8 @@ import pytest
 
 import jbn
 
-PINNED = Path(__file__).resolve().parents[1].joinpath("constraints.txt").read_text().splitlines()
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+PINNED = {line.partition(";")[0] for line in CONSTRAINTS.read_text().splitlines()}
 pytestmark = pytest.mark.skipif(f"jax=={jax.__version__}" not in PINNED, reason="figures of the pinned version of JAX")
 SHAPE = (64, 8, 8, 16)
 BYTES = 4 * np.prod(SHAPE)

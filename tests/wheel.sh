@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Test what is shipped: the wheel of dist/ in a new environment with jax alone and pytest, from another folder.
 #   tests/wheel.sh PYTHON [REQUIREMENT ...]      tests/wheel.sh python3.11 jax==0.10.0 jaxlib==0.10.0
+#   TESTS="tests/test_import.py ..."             these and the docstrings, rather than all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
@@ -21,4 +22,4 @@ cp -r tests/*.py tests/golden benchmarks/hlo.py benchmarks/conversion.py "$folde
 rm "$folder/tests/test_documents.py"  # README and docs are not in the wheel
 cd "$folder"
 "$bin/python" -m pytest -p conftest --doctest-ignore-import-errors --pyargs jbn
-"$bin/python" -m pytest --numprocesses 2 --dist loadfile tests
+"$bin/python" -m pytest --numprocesses 2 --dist loadfile ${TESTS:-tests}

@@ -83,7 +83,7 @@ def band(axis, x, values, color: str, name: str | None = None, **style) -> None:
     axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
     shown = np.flatnonzero(np.isfinite(mean))
     if name and len(shown):
-        figures.name_line(axis, x[shown[-1]], mean[shown[-1]], name, color)
+        figures.name_line(axis, x[shown[-1]], float(mean[shown[-1]]), name, color)
 
 
 def smooth(losses, window: int = 10) -> np.ndarray:

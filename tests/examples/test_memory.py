@@ -15,7 +15,8 @@ from convolution import CPU_OPTIONS
 
 import jbn
 
-PINNED = Path(__file__).resolve().parents[2].joinpath("constraints.txt").read_text().splitlines()
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+PINNED = {line.partition(";")[0] for line in CONSTRAINTS.read_text().splitlines()}
 pytestmark = pytest.mark.skipif(f"jax=={jax.__version__}" not in PINNED, reason="figures of the pinned version of JAX")
 BATCH = 16
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-import torch
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FEATURES = 3
@@ -50,6 +49,8 @@ def record(train, evaluate, entries, running):
 
 
 def of_torch():
+    import torch
+
     layer = torch.nn.BatchNorm1d(FEATURES)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(SCALE))

@@ -3,7 +3,8 @@
 import numpy as np
 import parity
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 
 def torch_steps(data, layer):

@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import jbn
 
+torch = pytest.importorskip("torch")
 FEATURES = 6
 LAYERS = {  # output_axis of the kernel in PyTorch's layout
     "convolution": (torch.nn.Conv2d(4, FEATURES, 3, padding=1), 0, False),
@@ -30,7 +29,11 @@ def test_fused(name, affine):
             tensor.copy_(torch.randn(FEATURES, generator=generator))
         norm.running_var.copy_(torch.rand(FEATURES, generator=generator) + 0.1)
     layer, norm = layer.eval(), norm.eval()
-    fused = fuse_linear_bn_eval(layer, norm) if transpose is None else fuse_conv_bn_eval(layer, norm, transpose)
+    fused = (
+        torch.nn.utils.fuse_linear_bn_eval(layer, norm)
+        if transpose is None
+        else torch.nn.utils.fuse_conv_bn_eval(layer, norm, transpose)
+    )
     arrays = {name: jnp.array(tensor.detach().numpy()) for name, tensor in norm.state_dict().items()}
     params = jbn.Params(arrays.get("weight"), arrays.get("bias"))
     state = jbn.State(arrays["running_mean"], arrays["running_var"])

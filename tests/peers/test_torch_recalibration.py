@@ -2,8 +2,11 @@
 
 import differences
 import numpy as np
+import pytest
 
 import jbn
+
+pytest.importorskip("torch")
 
 BATCHES, ROWS, WIDTHS = 4, 16, (3, 8, 5)
 RANDOM = np.random.default_rng(0)
