@@ -48,8 +48,9 @@ def prepare(layer, x, mask) -> Call:
 
 def normalize(layer, call: Call, params: Params, state: State, *, train: bool) -> tuple[jax.Array, State]:
     """`batch_norm` with what Flax's attributes mean to it."""
-    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon, "activation": layer.activation}
-    y, state = batch_norm(call.x, params, state, train=train, unbiased=False, **options)
+    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon}
+    options |= {"unbiased": layer.unbiased, "activation": layer.activation}
+    y, state = batch_norm(call.x, params, state, train=train, **options)
     return y.astype(call.dtype), state
 
 

@@ -48,6 +48,9 @@ class BatchNorm(nn.BatchNorm):
     statistics without one, as those of Flax's layer, have full evidence, also where they took the place of the initial
     ones and the weight stayed 0, and those with one keep it, whatever `debias`.
 
+    With `unbiased` the running variance is divided by count - 1 rather than by count, as PyTorch's is: see
+    `jbn.batch_norm`.
+
     `activation`, a function of each element such as `nn.relu`, comes behind the normalization, in fewer passes over a
     GPU's memory than by itself, see `jbn.batch_norm`.
 
@@ -79,6 +82,7 @@ class BatchNorm(nn.BatchNorm):
 
     debias: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    unbiased: bool = False
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):

@@ -48,6 +48,9 @@ class BatchNorm(nnx.BatchNorm):
     layer, have full evidence, and those with one keep it, whatever `debias`: `nnx.update` takes each into each. Take
     a new layer for them: one that has been trained has a weight, which statistics without one leave as it is.
 
+    With `unbiased` the running variance is divided by count - 1 rather than by count, as PyTorch's is: see
+    `jbn.batch_norm`.
+
     `activation`, a function of each element such as `nnx.relu`, comes behind the normalization, in fewer passes over a
     GPU's memory than by itself, see `jbn.batch_norm`.
 
@@ -77,12 +80,14 @@ class BatchNorm(nnx.BatchNorm):
         *,
         debias: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        unbiased: bool = False,
         rngs: nnx.Rngs,
         **options,
     ):
         """`options` are those of `flax.nnx.BatchNorm`."""
         super().__init__(num_features, rngs=rngs, **options)
         self.activation = activation
+        self.unbiased = unbiased
         if debias:
             self.weight = nnx.BatchStat(jnp.zeros_like(self.mean[...]))
 
