@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
+from jax.typing import ArrayLike
 
 from jbn._batch_norm import batch_norm
 from jbn._check import as_array, check_batch, statistics_dtype
 from jbn._fields import features_of
+from jbn._measuring import held_by
 from jbn._types import Params, State
+
+NOTHING = 1e-30  # no evidence, of a mean and variance that are set: those of a batch that was too far away
 
 
 class Call(NamedTuple):
@@ -44,13 +48,34 @@ def prepare(layer, x, mask) -> Call:
 
 def normalize(layer, call: Call, params: Params, state: State, *, train: bool) -> tuple[jax.Array, State]:
     """`batch_norm` with what Flax's attributes mean to it."""
-    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon, "activation": layer.activation}
-    y, state = batch_norm(call.x, params, state, train=train, unbiased=False, **options)
+    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon}
+    options |= {"unbiased": layer.unbiased, "activation": layer.activation}
+    y, state = batch_norm(call.x, params, state, train=train, **options)
     return y.astype(call.dtype), state
 
 
 def state_of(mean, var, weight=None) -> State:
-    """A `State` of arrays: float32 where they are narrower, and of full evidence without a weight."""
+    """A `State` of arrays, of variables: float32 where they are narrower, and of full evidence without a weight.
+
+    A weight of 0 is none too where mean or variance are not the initial ones: these have been replaced, as by those of
+    a checkpoint without a weight. No evidence of them is NOTHING.
+    """
     mean, var = (jnp.asarray(field) for field in (mean, var))
     mean, var = (field.astype(statistics_dtype(field.dtype)) for field in (mean, var))
-    return State(mean, var, jnp.ones_like(mean) if weight is None else weight)
+    if weight is None:
+        return State(mean, var, jnp.ones_like(mean))
+    state = State(mean, var, jnp.asarray(weight))
+    if held_by(state):
+        return state
+    replaced = (state.weight == 0) & _started(state)
+    return state._replace(weight=jnp.where(replaced, 1.0, jnp.where(state.weight > NOTHING, state.weight, 0.0)))
+
+
+def weight_of(state: State) -> ArrayLike:
+    """The weight of a state as the variable that `state_of` takes."""
+    return state.weight if held_by(state) else jnp.maximum(state.weight, jnp.where(_started(state), NOTHING, 0.0))
+
+
+def _started(state: State):
+    """Whether the mean and variance of a feature are not the initial ones."""
+    return (jnp.asarray(state.mean) != 0) | (jnp.asarray(state.var) != 1)

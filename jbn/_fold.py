@@ -68,8 +68,9 @@ def fold_into(
         depthwise and transposed; 0 for PyTorch's OIHW, and 1 for its transposed convolutions in one group.
 
     Returns:
-      The kernel in its shape and dtype, and a bias `[*features]` in that of `bias`, or of the kernel. Computed in
-      float32 or wider, and cast after.
+      The kernel in its shape and dtype, and a bias `[*features]` in that of `bias`; without one in float32 (float64
+      where the kernel, params or state are), whatever the kernel: a feature that hardly varies, far from 0, has one
+      that float16 cannot hold. Computed in float32 or wider, and cast after.
 
     Raises:
       TypeError: `kernel` or `bias` is not floating-point, or `params` or `state` is something else.
@@ -94,10 +95,10 @@ def fold_into(
     if given is not None and given.shape not in ((), features.shape):
         raise ValueError(f"bias has shape {list(given.shape)}; expected {list(features.shape)}, one for each output.")
     mean, slope, shift = _map(params, check_fields("state", state, State, features), features, epsilon)
-    before, like = (jnp.zeros_like(mean), kernel) if given is None else (given.astype(mean.dtype), given)
     wide = statistics_dtype(kernel.dtype, slope.dtype)
+    before, dtype = (jnp.zeros_like(mean), wide) if given is None else (given.astype(mean.dtype), given.dtype)
     folded = kernel.astype(wide) * jnp.expand_dims(slope.astype(wide), axes)
-    return folded.astype(kernel.dtype), ((before - mean) * slope + shift).astype(like.dtype)
+    return folded.astype(kernel.dtype), ((before - mean) * slope + shift).astype(dtype)
 
 
 def _map(params: Params, state: State, features, epsilon):

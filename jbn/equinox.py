@@ -40,6 +40,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
       mode: "batch", so that calls of `eqx.nn.BatchNorm` with it stand as they are.
       activation: a function of each element behind the normalization, such as `jax.nn.relu`, in fewer passes over a
         GPU's memory than by itself, see `jbn.batch_norm`.
+      unbiased: divide the running variance by count - 1, as PyTorch, rather than by count, as Equinox; see
+        `jbn.batch_norm`.
 
     Raises:
       ValueError: `input_size`, `momentum` or `mode` is out of range.
@@ -67,6 +69,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     channelwise_affine: bool = eqx.field(static=True)
     momentum: float = eqx.field(static=True)
     activation: Callable[[jax.Array], jax.Array] | None = eqx.field(static=True)
+    unbiased: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         dtype: DTypeLike | None = None,
         mode: str = "batch",
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        unbiased: bool = False,
     ):
         if mode != "batch":
             raise ValueError(
@@ -98,6 +102,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.channelwise_affine = channelwise_affine
         self.momentum = momentum
         self.activation = activation
+        self.unbiased = unbiased
 
     def __call__(
         self,
@@ -138,7 +143,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
             feature_axis=0,
             weights=weights,
             axis_name=self.axis_name,
-            unbiased=False,
+            unbiased=self.unbiased,
             activation=self.activation,
         )
         return y, state.set(self.state_index, new) if train else state

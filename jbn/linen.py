@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError("jbn.linen needs Flax: pip install 'jbn[flax]'") from error
 
 from jbn._check import statistics_dtype
-from jbn._flax import normalize, prepare, state_of
+from jbn._flax import normalize, prepare, state_of, weight_of
 from jbn._measure import moments
 from jbn._merge import merge
 from jbn._start import empty_moments
@@ -45,7 +45,11 @@ class BatchNorm(nn.BatchNorm):
 
     With `debias` the initial mean 0 and variance 1 have no part in the running statistics. One more variable of
     'batch_stats', 'weight', says how much evidence there is: 0 at first, see `jbn.State`. It is made with the others;
-    statistics without one, as those of Flax's layer, have full evidence, and those with one keep it, whatever `debias`.
+    statistics without one, as those of Flax's layer, have full evidence, also where they took the place of the initial
+    ones and the weight stayed 0, and those with one keep it, whatever `debias`.
+
+    With `unbiased` the running variance is divided by count - 1 rather than by count, as PyTorch's is: see
+    `jbn.batch_norm`.
 
     `activation`, a function of each element such as `nn.relu`, comes behind the normalization, in fewer passes over a
     GPU's memory than by itself, see `jbn.batch_norm`.
@@ -78,6 +82,7 @@ class BatchNorm(nn.BatchNorm):
 
     debias: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
+    unbiased: bool = False
 
     @nn.compact
     def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
@@ -98,18 +103,18 @@ class BatchNorm(nn.BatchNorm):
         train = not evaluate and not self.is_initializing()
         call = prepare(self, x, mask)
         fresh = self.debias and not self.has_variable("batch_stats", "mean")
-        makers = {"mean": jnp.zeros, "var": jnp.ones}
+        starts = {"mean": jnp.zeros, "var": jnp.ones}
         if fresh or self.has_variable("batch_stats", "weight"):
-            makers["weight"] = jnp.zeros
+            starts["weight"] = jnp.zeros
         dtype = statistics_dtype(self.param_dtype)
-        running = [self.variable("batch_stats", name, make, call.features, dtype) for name, make in makers.items()]
+        running = {name: self.variable("batch_stats", name, of, call.features, dtype) for name, of in starts.items()}
         scale = self.param("scale", self.scale_init, call.features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, call.features, self.param_dtype) if self.use_bias else None
-        old = state_of(*(variable.value for variable in running))
+        old = state_of(**{name: variable.value for name, variable in running.items()})
         y, new = normalize(self, call, Params(scale, bias), old, train=train)
         if train:
-            for variable, value in zip(running, new, strict=False):
-                variable.value = jnp.asarray(value)
+            for name, value in batch_stats(new, like=running).items():
+                running[name].value = jnp.asarray(value)
             if self.is_mutable_collection("moments"):
                 measured = moments(call.x, center=old.mean, **call.options)
                 self.sow("moments", "moments", measured, reduce_fn=merge, init_fn=partial(empty_moments, old))
@@ -158,7 +163,8 @@ def batch_stats(states: Any, like: Any = None) -> Any:
       ['mean', 'var', 'weight']
     """
     if isinstance(states, State):
-        return {name: of for name, of in states._asdict().items() if like is None or name != "weight" or name in like}
+        weighed = like is None or "weight" in like
+        return {"mean": states.mean, "var": states.var} | ({"weight": weight_of(states)} if weighed else {})
     if not isinstance(states, Mapping):
         return states
     if like is not None and (not isinstance(like, Mapping) or set(like) != set(states)):

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError("jbn.nnx needs Flax: pip install 'jbn[flax]'") from error
 
-from jbn._flax import normalize, prepare, state_of
+from jbn._flax import normalize, prepare, state_of, weight_of
 from jbn._measuring import held_by
 from jbn._types import Params, State
 
@@ -44,8 +44,12 @@ class BatchNorm(nnx.BatchNorm):
     Flax's layer builds Flax's layer. Take the GraphDef from a model with this one, and the state from there.
 
     With `debias` the initial mean 0 and variance 1 have no part in the running statistics. One more `nnx.BatchStat`,
-    `weight`, says how much evidence there is: 0 at first, see `jbn.State`. Without, it is `None`, as a scale is that is
-    not used. Where a layer with `debias` takes over the statistics of Flax's: `layer.weight[...] = jnp.ones(features)`.
+    `weight`, says how much evidence there is: 0 at first, see `jbn.State`. Statistics without one, as those of Flax's
+    layer, have full evidence, and those with one keep it, whatever `debias`: `nnx.update` takes each into each. Take
+    a new layer for them: one that has been trained has a weight, which statistics without one leave as it is.
+
+    With `unbiased` the running variance is divided by count - 1 rather than by count, as PyTorch's is: see
+    `jbn.batch_norm`.
 
     `activation`, a function of each element such as `nnx.relu`, comes behind the normalization, in fewer passes over a
     GPU's memory than by itself, see `jbn.batch_norm`.
@@ -68,19 +72,24 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0], [1.0]], [1.0])
     """
 
+    weight: nnx.BatchStat | None = None  # `nnx.update` gives one to a layer without `debias`
+
     def __init__(
         self,
         num_features: int,
         *,
         debias: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
+        unbiased: bool = False,
         rngs: nnx.Rngs,
         **options,
     ):
         """`options` are those of `flax.nnx.BatchNorm`."""
         super().__init__(num_features, rngs=rngs, **options)
         self.activation = activation
-        self.weight = nnx.BatchStat(jnp.zeros_like(self.mean[...])) if debias else nnx.data(None)
+        self.unbiased = unbiased
+        if debias:
+            self.weight = nnx.BatchStat(jnp.zeros_like(self.mean[...]))
 
     def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
         """Normalize `x` [...] by its own statistics, or by the running ones.
@@ -175,4 +184,4 @@ def _state(layer) -> State:
 def _set(layer, state: State) -> None:
     layer.mean[...], layer.var[...] = state.mean, state.var
     if layer.weight is not None:
-        layer.weight[...] = jnp.broadcast_to(state.weight, jnp.shape(layer.weight[...]))
+        layer.weight[...] = jnp.broadcast_to(weight_of(state), jnp.shape(layer.weight[...]))

@@ -92,7 +92,7 @@ def test_what_a_page_asserts(page):
 
 
 def test_the_table_of_dtypes():
-    """Mixed precision, docs/faq.md: dtypes of x; of statistics; of y and dx; of the gradients of scale and bias."""
+    """Mixed precision, docs/faq.md: dtypes of x; of statistics; of running values; of y and dx; of other gradients."""
     section = (ROOT / "docs/faq.md").read_text().split("## Mixed precision")[1].split("```")[0]
     assert section.count("\n| float") == 3
     for dtype, statistics in {
@@ -112,8 +112,27 @@ def test_the_table_of_dtypes():
                 return jnp.sum(y.astype("float32")), (y, new)
 
             (gradients, dx), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-            assert y.dtype == dx.dtype == dtype and new.mean.dtype == new.var.dtype == statistics
+            assert y.dtype == dx.dtype == dtype and new.mean.dtype == new.var.dtype == state.mean.dtype == statistics
+            assert jbn.moments(x).var.dtype == statistics
+            y, new = jbn.batch_norm(x, params, jbn.init(3)[1], train=True)
+            assert y.dtype == dtype and new.mean.dtype == new.var.dtype == "float32"
             assert gradients.scale.dtype == gradients.bias.dtype == params.scale.dtype
+
+
+@pytest.mark.parametrize(("mean", "near", "exact"), [(0, 1e-6, 1e-12), (1e6, 0.1, 1e-6)])
+def test_float64_data_is_evaluated_as_its_state_is(mean, near, exact):
+    """Float32 numbers near 1e6 are 0.06 apart."""
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(mean, 1, (64, 4))
+        right = (x - x.mean(0)) / np.sqrt(x.var(0, ddof=1) + 1e-5)
+        for dtype, bound in (("float32", near), ("float64", exact)):
+            params, state = jbn.init(4, dtype=dtype)
+            for _ in range(2):  # the second measures about the mean
+                _, state = jbn.batch_norm(x, params, state, train=True)
+            y, _ = jbn.batch_norm(x, params, state, train=False)
+            assert state.mean.dtype == dtype and y.dtype == "float64"
+            error = np.abs(y - right).max()
+            assert error < bound and (error > bound / 100 or dtype == "float64")
 
 
 def test_every_public_name_is_on_a_page_of_the_api():

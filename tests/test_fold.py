@@ -132,6 +132,22 @@ def test_narrow_kernels_are_rounded_once(dtype):
     assert jbn.fold_into(kernel, bias.astype(jnp.float32), PARAMS, STATE)[1].dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("statistics", [jnp.float32, jnp.float64])
+def test_a_bias_where_there_was_none(dtype, statistics):
+    """A feature that hardly varies, far from 0: 250 / sqrt(1e-9 + 1e-5) is more than float16 holds, 65,504."""
+    with jax.enable_x64(jnp.float64 in (dtype, statistics)):
+        kernel, (params, _) = jnp.eye(3, dtype=dtype), jbn.init(3)
+        state = jbn.State(jnp.full(3, 250.0, statistics), jnp.full(3, 1e-9, statistics))
+        folded, bias = jbn.fold_into(kernel, None, params, state)
+        assert folded.dtype == dtype
+        assert bias.dtype == (jnp.float64 if jnp.float64 in (dtype, statistics) else jnp.float32)
+        # Rounded to float32 once or twice, or not at all.
+        assert_allclose(bias, -250 / np.sqrt(1e-9 + 1e-5), rtol=1e-6)
+        given = jnp.zeros(3, dtype)
+        assert jbn.fold_into(kernel, given, params, state)[1].dtype == dtype
+
+
 def test_float64():
     with jax.enable_x64(True):
         params, state = jax.tree.map(lambda a: np.float64(a), (PARAMS, STATE))

@@ -134,6 +134,32 @@ def test_statistics_without_weight_are_full_evidence_and_one_that_is_there_is_ke
     assert_allclose(after["batch_stats"]["BatchNorm_1"]["weight"], 1 - 0.9**6, rtol=1e-6)
 
 
+def test_statistics_in_the_place_of_the_initial_ones_are_full_evidence():
+    """As where half a checkpoint was restored, and the weight is still the 0 of the start."""
+    debiased = partial(OURS, debias=True)
+    flax, fresh = last(THEIRS, start(THEIRS), range(3)), start(debiased)
+    names = fresh["batch_stats"]
+    merged = flax | {"batch_stats": {name: names[name] | flax["batch_stats"][name] for name in names}}
+    after = last(debiased, merged, range(3, 6))
+    for name, theirs in last(THEIRS, flax, range(3, 6))["batch_stats"].items():
+        assert_array_equal(after["batch_stats"][name].pop("weight"), 1)
+        assert_same(after["batch_stats"][name], theirs)
+
+
+def test_debias_where_a_batch_leaves_no_evidence():
+    """A weight of 0 that training itself leaves is no evidence: as the function, feature by feature."""
+    x = X.copy()
+    x[..., 0], x[0, 0, 0, 1] = x[..., 0] + 1e6, np.nan
+    layer, (params, state) = OURS(use_running_average=False, debias=True), jbn.init(3)
+    variables = layer.init(jax.random.key(0), x)
+    for batch in (x, x, X + 1e6, X):
+        variables |= layer.apply(variables, batch, mutable=["batch_stats"])[1]
+        _, state = jbn.batch_norm(batch, params, state, train=True, unbiased=False)
+        kept = jbn.linen.states(variables["batch_stats"])
+        assert_same(kept._asdict(), state._asdict(), rtol=1e-6, atol=0)
+        variables |= {"batch_stats": jbn.linen.batch_stats(kept)}
+
+
 def test_debias_is_exact_from_the_first_step():
     layer, seen = OURS(use_running_average=False, debias=True), []
     variables = layer.init(jax.random.key(0), X)

@@ -87,7 +87,7 @@ def test_variables_are_the_same():
         assert_same(*pair, rtol=0, atol=0)
         assert [leaf.dtype for leaf in jax.tree.leaves(pair[0])] == [leaf.dtype for leaf in jax.tree.leaves(pair[1])]
     attributes = [set(vars(norm(3, rngs=nnx.Rngs(1)))) for norm in (OURS, THEIRS)]
-    assert attributes[0] - attributes[1] == {"weight", "activation"}
+    assert attributes[0] - attributes[1] == {"activation", "unbiased"}
     assert attributes[1] <= attributes[0]
 
 
@@ -142,15 +142,52 @@ def test_debias_is_exact_from_the_first_step():
     assert_allclose(layer.weight[...], 1 - 0.9 ** len(seen), rtol=1e-6)
 
 
-def test_debias_with_statistics_of_flax():
-    """As the docstring says: their evidence has to be told."""
+@pytest.mark.parametrize("handed", ["state", "dict", "half a checkpoint"])
+def test_debias_with_statistics_of_flax(handed):
+    """They have no weight, which is full evidence, though the layer's own is still the 0 of its start."""
     flax, ours = THEIRS(3, rngs=nnx.Rngs(0)), OURS(3, debias=True, rngs=nnx.Rngs(0))
     flax(X)
-    nnx.update(ours, jax.tree.map(jnp.array, nnx.state(flax)))
-    ours.weight[...] = jnp.ones(3)
+    given = jax.tree.map(jnp.array, nnx.state(flax))
+    if handed == "half a checkpoint":  # restored into the state of this layer, as far as it goes
+        template = nnx.state(ours)
+        nnx.replace_by_pure_dict(template, nnx.to_pure_dict(given))
+        given = template
+    nnx.update(ours, values(given) if handed == "dict" else given)
+    assert_array_equal(jbn.nnx.states(ours)[""].weight, 1)
     for layer in flax, ours:
-        layer(X + 1)
+        nnx.jit(lambda layer, x: layer(x))(layer, X + 1)
     assert_same(_stats(ours), _stats(flax))
+
+
+def test_debias_of_a_fresh_layer_of_flax_and_in_layers_without():
+    ours = OURS(3, debias=True, rngs=nnx.Rngs(0))
+    nnx.update(ours, jax.tree.map(jnp.array, nnx.state(THEIRS(3, rngs=nnx.Rngs(0)))))
+    assert_array_equal(jbn.nnx.states(ours)[""].weight, 0)
+    ours(X)
+    plain, flax = OURS(3, rngs=nnx.Rngs(0)), THEIRS(3, rngs=nnx.Rngs(0))
+    for layer in plain, flax:
+        nnx.update(layer, jax.tree.map(jnp.array, nnx.state(ours)))
+        assert_allclose(layer(X, use_running_average=True), ours(X, use_running_average=True), **CLOSE)
+    for layer in plain, ours:
+        layer(X + 1)
+    assert_same(values(plain), values(ours), rtol=0, atol=0)
+    assert_allclose(plain.weight[...], 1 - 0.9**2, rtol=1e-6)
+    before = np.array(flax.mean[...])
+    flax(X + 1)  # goes on with full evidence
+    assert_allclose(flax.mean[...], 0.9 * before + 0.1 * (X + 1).mean((0, 1, 2)), rtol=1e-5)
+
+
+def test_debias_where_a_batch_leaves_no_evidence():
+    """A weight of 0 that training itself leaves is no evidence: as the function, feature by feature."""
+    x = X.copy()
+    x[..., 0], x[0, 0, 0, 1] = x[..., 0] + 1e6, np.nan
+    layer, (params, state) = OURS(3, debias=True, rngs=nnx.Rngs(0)), jbn.init(3)
+    for batch in (x, x, X + 1e6, X):
+        layer(batch)
+        _, state = jbn.batch_norm(batch, params, state, train=True, unbiased=False)
+        assert_same(jbn.nnx.states(layer)[""]._asdict(), state._asdict(), rtol=1e-6, atol=0)
+        jbn.nnx.set_states(layer, jbn.nnx.states(layer))
+    assert_array_equal(layer.mean[...] != 0, True)
 
 
 def _stats(layer):
