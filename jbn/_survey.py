@@ -29,15 +29,7 @@ def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=Non
     """
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; expected a list of batches, or what gives them.")
-
-    def nothing(state):
-        moments = empty_moments(state)
-        zero = moments.mean
-        compared = None if epsilon is None else jnp.full_like(zero, epsilon)
-        return Held(moments, zero, zero, State(state.mean, state.var, zero), compared)
-
-    totals = jax.tree.map(lambda state: nothing(state) if is_state(state) else state, states, is_leaf=is_state)
-    found = None
+    totals, found = nothing(states, epsilon), None
     for batch in batches:
         previous = totals
         try:
@@ -51,6 +43,20 @@ def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=Non
             raise
         jax.block_until_ready(previous)  # or batches would pile up before the device
     return None if found is None else (totals, found)
+
+
+def nothing(states, epsilon=None):
+    """`Held` in the places of `states` before anything is measured."""
+
+    def of(state):
+        if not is_state(state):
+            return state
+        moments = empty_moments(state)
+        zero = moments.mean
+        compared = None if epsilon is None else jnp.full_like(zero, epsilon)
+        return Held(moments, zero, zero, State(state.mean, state.var, zero), compared)
+
+    return jax.tree.map(of, states, is_leaf=is_state)
 
 
 _programs: weakref.WeakKeyDictionary[Callable, Callable] = weakref.WeakKeyDictionary()
