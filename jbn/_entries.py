@@ -61,8 +61,19 @@ def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the shapes differ: {listed}; expected one value per feature in each.")
     scale, bias, mean, var = (named.get(name) for name in names)
-    if not np.all(var >= 0):
-        raise ValueError(f"{names[3]} has values down to {np.min(var)}; expected variances, none below 0 and none NaN.")
+    for name, array in named.items():
+        faulty = ~np.isfinite(array) | ((array < 0) & (name == names[3]))
+        if np.any(faulty):
+            wanted = "finite variances, none below 0" if name == names[3] else "finite numbers"
+            way = (
+                "Set the scale or bias of those features anew."
+                if name in names[:2]
+                else "jbn.State(mean, var), made by hand, takes those features as ones without evidence: train on, or "
+                "jbn.recalibrate."
+            )
+            raise ValueError(
+                f"{name} has {np.sum(faulty)} of {array.size} values such as {array[faulty][0]}; expected {wanted}. {way}"
+            )
     weight = 1.0
     if steps is not None or decay is not None:
         mean, var, weight = _without_start(mean, var, steps, decay)

@@ -121,7 +121,7 @@ def normalize_running(
         y = activation(scale * (x - state.mean) / sqrt(state.var + epsilon) + bias)
 
     The state is used as it stands, whatever its evidence: a fresh one has mean 0 and variance 1, and a feature whose
-    last batch was far away (see `batch_norm`) the mean of that batch. A state is constant in differentiation; `Moments`
+    last batch was far away (see `batch_norm`) what that batch was normalized by. A state is constant in differentiation; `Moments`
     in its place, such as those of another batch, are differentiable in mean and variance, to any order; without
     an activation:
 

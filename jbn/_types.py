@@ -31,7 +31,8 @@ class State(NamedTuple):
       var: [*features], float32 or float64.
       weight: [*features], in [0, 1], the share of the averages that is data: 1 - decay^steps after so many steps, so
         that early averages need no correction. 0 is no evidence at all: a fresh state, whose mean 0 and variance 1 the
-        first batch replaces, or a feature whose last batch was far away (see `batch_norm`). 1 is full evidence.
+        first batch replaces, or a feature whose last batch was too far away to be known (see `batch_norm`). 1 is full
+        evidence. A feature with a value that is not finite, or a variance below 0, has none, whatever its weight.
     """
 
     mean: jax.Array
