@@ -72,7 +72,8 @@ def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
                 "jbn.recalibrate."
             )
             raise ValueError(
-                f"{name} has {np.sum(faulty)} of {array.size} values such as {array[faulty][0]}; expected {wanted}. {way}"
+                f"{name} has {np.sum(faulty)} of {array.size} values such as {array[faulty][0]}; expected {wanted}. "
+                f"{way}"
             )
     weight = 1.0
     if steps is not None or decay is not None:
