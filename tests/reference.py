@@ -75,7 +75,7 @@ def update(state, measured, decay=0.9, amount=1.0, unbiased=True):
     """(mean, var, weight) after one step of the update rule, in float64."""
     (mean, var, weight), (count, batch_mean, batch_var) = state, measured
     if unbiased:
-        batch_var = batch_var * count / np.maximum(count - 1, 1)
+        batch_var = batch_var / (1 - 1 / np.asarray(count, np.float64))
     kept = 1 - amount * (1 - decay)
     new_weight = np.asarray(kept * weight + (1 - kept), np.float64)
     share = np.divide(1 - kept, new_weight, out=np.zeros_like(new_weight), where=new_weight > 0)

@@ -24,6 +24,7 @@ sizes = pytest.mark.parametrize("size", SIZES)
 
 PARAMS, STATE = jbn.init(2)
 measure = jax.jit(jbn.moments, static_argnames="feature_axis")
+merge = jax.jit(jbn.merge)
 normalize = jax.jit(lambda x, weights=None: jbn.normalize_batch(x, PARAMS, weights=weights))
 normalize_about = jax.jit(lambda x, center: jbn.normalize_batch(x, PARAMS, center=center))
 
@@ -51,9 +52,8 @@ def test_one_batch(size, offset):
     assert_accurate(*normalize(x), x)
 
 
-@offsets
-def test_eager(offset):
-    x = sample(1000, offset)
+def test_eager():
+    x = sample(1000, 1e5)
     assert_accurate(*jbn.normalize_batch(x, PARAMS), x)
 
 
@@ -81,7 +81,7 @@ def test_the_first_row_is_an_outlier(size, outlier):
 PARTITIONS = {
     "512 values": (2, 7, 300, 100, 103),
     "511 values": (300, 2, 2, 2, 205),
-    "pairs": (2,) * 24 + (300, 164),
+    "pairs": (2,) * 8 + (300, 196),
     "131072 values": (1, 3, 5, 131063),
 }
 
@@ -103,10 +103,10 @@ def merge_in_one_program(split):
 def test_merge_of_parts_measured_apart(offset):
     x = sample(512, offset)
     parts = [measure(part) for part in np.split(x, np.cumsum((2, 7, 300, 100)))]
-    assert_accurate(None, jbn.merge(*parts), x)
+    assert_accurate(None, merge(*parts), x)
     one_by_one = parts[0]
     for part in parts[1:]:
-        one_by_one = jbn.merge(one_by_one, part)
+        one_by_one = merge(one_by_one, part)
     assert_accurate(None, one_by_one, x)
 
 
@@ -134,8 +134,7 @@ def synchronized(way):
 
 
 @offsets
-@pytest.mark.parametrize("size", [16, 512, 1000, 131072])
-@pytest.mark.parametrize("way", ["vmap", "shard_map"])
+@pytest.mark.parametrize(("way", "size"), [("vmap", 16), ("vmap", 1000), ("shard_map", 512), ("shard_map", 131072)])
 def test_synchronized(way, size, offset):
     x = sample(size, offset)
     assert_accurate(*synchronized(way)(x, None), x)
@@ -150,12 +149,15 @@ def test_synchronized_and_masked_with_an_outlier(way, offset):
     assert_accurate(*synchronized(way)(x, mask), x, mask)
 
 
+@jax.jit
+def differentiate(x, dy):
+    return jax.vjp(lambda *args: jbn.normalize_batch(*args)[0], x, PARAMS)[1](dy)
+
+
 @offsets
 def test_gradient(offset):
     x, dy = sample(1000, offset), np.random.default_rng(2).standard_normal((1000, 2)).astype(np.float32)
-    dx, dparams = jax.jit(
-        lambda x, params: jax.vjp(lambda *args: jbn.normalize_batch(*args)[0], x, params)[1](jnp.asarray(dy))
-    )(x, PARAMS)
+    dx, dparams = differentiate(x, dy)
     expected = reference.gradients(x, dy, [1, 1])
     assert_allclose(dx, expected[0], rtol=ATOL, atol=ATOL)
     # Sums of 1000 values, each within 1e-6.
@@ -167,16 +169,12 @@ def test_gradient(offset):
 def test_running_statistics_measured_without_a_center(offset):
     """For data whose first step has to be exact."""
 
-    @jax.jit
-    def step(x, state):
-        y, measured = jbn.normalize_batch(x, PARAMS)
-        return y, measured, jbn.update(state, measured, unbiased=False)
-
     state, plain = STATE, (np.zeros(2), np.ones(2), np.zeros(2))
     for seed in range(3):
         x = sample(1000, offset, seed)
-        y, measured, state = step(x, state)
+        y, measured = normalize(x)
         assert_accurate(y, measured, x)
+        state = jbn.update(state, measured, unbiased=False)
         plain = reference.update(plain, reference.moments(x), unbiased=False)
         assert_allclose(state.var, plain[1], rtol=RTOL)
         assert_allclose(state.mean, plain[0], rtol=5e-7)
@@ -203,8 +201,9 @@ def test_a_variance_is_never_below_what_rounding_can_have_made_of_it(distance):
     center = np.float32([distance, 3 * distance])
     _, measured = normalize_about(x, center)
     least = 32 * 2.0**-24 * np.float64(center) ** 2
-    assert (measured.var >= 0.99 * least).all()
-    assert (measured.var <= np.maximum(2 * reference.moments(x)[2], 1.01 * least)).all()
+    var = np.asarray(measured.var)
+    assert (var >= 0.99 * least).all()
+    assert (var <= np.maximum(2 * reference.moments(x)[2], 1.01 * least)).all()
 
 
 def test_float16_near_its_largest_value():
@@ -218,7 +217,7 @@ def test_float16_near_its_largest_value():
 
 
 def test_bfloat16():
-    x = jnp.asarray(300 + 4 * np.random.default_rng(0).standard_normal((4096, 2)), jnp.bfloat16)
+    x = (300 + 4 * np.random.default_rng(0).standard_normal((4096, 2))).astype(jnp.bfloat16)
     y, measured = normalize(x)
     _, mean, var = reference.moments(np.float64(x))
     assert_allclose(measured.var, var, rtol=RTOL)
@@ -230,4 +229,4 @@ def test_outputs_stay_bounded_beyond_the_contract():
     """No value of n can lie further than sqrt(n - 1) standard deviations from the mean."""
     for offset in (1e6, 1e7, 1e8):
         y, _ = normalize(sample(1000, offset))
-        assert np.abs(y).max() <= 1000**0.5
+        assert np.abs(np.asarray(y)).max() <= 1000**0.5

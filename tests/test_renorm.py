@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import ways
-from reference import gradients, moments, renormalize, update
+from numpy.testing import assert_allclose, assert_array_equal
+from reference import gradients, moments, normalize, renormalize, update
 
 import jbn
 
 RANDOM = np.random.default_rng(0)
-X = jnp.asarray(2 + 1.5 * RANDOM.standard_normal((16, 4, 3)), jnp.float32)
-DY = jnp.asarray(RANDOM.standard_normal(X.shape), jnp.float32)
-PARAMS = jbn.Params(jnp.linspace(0.5, 2, 3), jnp.linspace(-1, 1, 3))
-STATE = jbn.State(jnp.array([1.0, 2.5, -4.0]), jnp.array([1.0, 9.0, 0.04]), jnp.full(3, 0.7))
+X = (2 + 1.5 * RANDOM.standard_normal((16, 4, 3))).astype(np.float32)
+DY = RANDOM.standard_normal(X.shape).astype(np.float32)
+PARAMS = jbn.Params(np.linspace(0.5, 2, 3, dtype=np.float32), np.linspace(-1, 1, 3, dtype=np.float32))
+STATE = jbn.State(np.float32([1, 2.5, -4]), np.float32([1, 9, 0.04]), np.full(3, 0.7, np.float32))
+FRESH = jbn.State(np.zeros(3, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32))
 EPSILON = 1e-5
 
 
@@ -27,68 +29,69 @@ def train(x, params, state, dy, **options):
     return y, after, backward(dy)
 
 
+compiled = jax.jit(train)  # once for all limits
+
+
 @pytest.mark.parametrize(("r_max", "d_max"), [(3.0, 5.0), (1.1, 0.2), (1.0, 0.0), (np.inf, np.inf)])
 def test_the_formula_and_its_gradient(r_max, d_max):
-    run = jax.jit(partial(train, r_max=r_max, d_max=d_max))
-    y, after, (dx, dparams) = run(X, PARAMS, STATE, DY)
+    y, after, (dx, dparams) = compiled(X, PARAMS, STATE, DY, r_max=r_max, d_max=d_max)
     expected, r = renormalize(X, PARAMS, STATE, r_max, d_max)
-    np.testing.assert_allclose(y, expected, atol=2e-5)  # float32, outputs up to 30
+    assert_allclose(y, expected, atol=2e-5)  # float32, outputs up to 30
     # r and d carry no gradient: dx is that of batch norm with the scale times r, dscale = sum(dy (y - bias) / scale)
-    _, backward = jax.vjp(lambda x: jbn.normalize_batch(x, PARAMS._replace(scale=PARAMS.scale * r))[0], X)
-    np.testing.assert_allclose(dx, backward(DY)[0], atol=1e-5)
+    assert_allclose(dx, gradients(X, DY, PARAMS.scale * r)[0], atol=1e-5)
     corrected = (expected - np.float64(PARAMS.bias)) / np.float64(PARAMS.scale)
-    np.testing.assert_allclose(dparams.scale, (np.float64(DY) * corrected).sum((0, 1)), rtol=1e-4)
-    np.testing.assert_allclose(dparams.bias, np.float64(DY).sum((0, 1)), rtol=1e-4)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), after, jbn.update(STATE, jbn.moments(X)))
+    assert_allclose(dparams.scale, (np.float64(DY) * corrected).sum((0, 1)), rtol=1e-4)
+    assert_allclose(dparams.bias, np.float64(DY).sum((0, 1)), rtol=1e-4)
+    # The batch is up to 6 standard deviations from its center, which costs 5 bits of 2^-24.
+    wanted = update([np.float64(field) for field in STATE], moments(X))
+    jax.tree.map(partial(assert_allclose, rtol=2e-6), tuple(after), tuple(wanted))
 
 
 @pytest.mark.parametrize("params", [PARAMS, jbn.Params(None, None)], ids=["both", "neither"])
-def test_without_room_it_is_batch_norm_bit_for_bit(params):
+def test_without_room_it_is_batch_norm(params):
+    """Bit for bit but dx, whose scale is a product there: each of its three parts may be rounded once more."""
+
     def plain(x, params, state, dy):
         y, backward, after = jax.vjp(lambda x, p: jbn.batch_norm(x, p, state, train=True), x, params, has_aux=True)
         return y, after, backward(dy)
 
-    run = partial(train, r_max=1.0, d_max=0.0)
-    jax.tree.map(np.testing.assert_array_equal, run(X, params, STATE, DY), plain(X, params, STATE, DY))
-    compiled = jax.jit(run)(X, params, STATE, DY), jax.jit(plain)(X, params, STATE, DY)
-    # two programs, in which a multiply-add may be rounded once or twice
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), *compiled)
+    y, after, (dx, dparams) = train(X, params, STATE, DY, r_max=1.0, d_max=0.0)
+    wanted_y, wanted_after, (wanted_dx, wanted_dparams) = plain(X, params, STATE, DY)
+    jax.tree.map(assert_array_equal, (y, after, dparams), (wanted_y, wanted_after, wanted_dparams))
+    assert_allclose(dx, wanted_dx, rtol=0, atol=3 * 2**-24 * np.max(np.abs(wanted_dx)))
 
 
 def test_with_all_room_it_normalizes_by_the_running_statistics():
-    y, _, (dx, _) = train(X, PARAMS, STATE, DY, r_max=np.inf, d_max=np.inf)
-    np.testing.assert_allclose(y, jbn.normalize_running(X, PARAMS, STATE), atol=2e-5)
-    assert np.abs(dx.sum((0, 1))).max() < 1e-4  # yet moving the whole batch moves nothing: gradients see its statistics
+    y, _, (dx, _) = compiled(X, PARAMS, STATE, DY, r_max=np.inf, d_max=np.inf)
+    assert_allclose(y, normalize(X, *STATE[:2], *PARAMS), atol=2e-5)
+    assert np.abs(np.sum(dx, (0, 1))).max() < 1e-4  # yet moving the whole batch moves nothing: it is in the statistics
 
 
 @pytest.mark.parametrize("epsilon", [EPSILON, 0.0])
 def test_without_evidence_it_is_batch_norm_and_gradients_stay_finite(epsilon):
-    dead = X.at[..., 1].set(7.0)
-    _, fresh = jbn.init(3)
-    zero = STATE._replace(var=jnp.zeros(3))
-    for state in (fresh, fresh._replace(var=jnp.zeros(3)), zero):
-        y, after, gradients = train(dead, PARAMS, state, DY, epsilon=epsilon)
-        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((y, after, gradients)))
-    y, _, _ = train(dead, PARAMS, fresh, DY, epsilon=epsilon)
-    np.testing.assert_array_equal(y, jbn.normalize_batch(dead, PARAMS, center=fresh.mean, epsilon=epsilon)[0])
+    dead = np.where(np.arange(3) == 1, np.float32(7), X)
+    none = np.zeros(3, np.float32)
+    for state in (FRESH, FRESH._replace(var=none), STATE._replace(var=none)):
+        found = compiled(dead, PARAMS, state, DY, epsilon=epsilon)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    y, _ = jbn.batch_renorm(dead, PARAMS, FRESH, train=True, epsilon=epsilon)
+    assert_array_equal(y, jbn.normalize_batch(dead, PARAMS, center=FRESH.mean, epsilon=epsilon)[0])
 
 
 @pytest.mark.parametrize("r_min", [0.0, 0.4, 1.0])
 def test_a_lower_limit_of_its_own(r_min):
     """As Keras has it: the scale of a batch much narrower than the running statistics, 1 / 3 at least without it."""
     narrow = STATE._replace(var=STATE.var * 100)
-    y, *_ = train(X, PARAMS, narrow, DY, r_max=3.0, r_min=r_min, d_max=jnp.inf)
+    y, *_ = compiled(X, PARAMS, narrow, DY, r_max=3.0, r_min=r_min, d_max=np.inf)
     _, mean, var = moments(X)
     spread = np.sqrt(np.float64(narrow.var) + EPSILON)
     r = np.clip(np.sqrt(var + EPSILON) / spread, r_min, 3)
     d = (mean - np.float64(narrow.mean)) / spread
     corrected = (np.float64(X) - mean) / np.sqrt(var + EPSILON) * r + d
-    np.testing.assert_allclose(y, np.float64(PARAMS.scale) * corrected + np.float64(PARAMS.bias), atol=2e-5)
-    traced = jax.jit(lambda r_min: train(X, PARAMS, narrow, DY, r_max=3.0, r_min=r_min, d_max=jnp.inf)[0])(r_min)
-    np.testing.assert_allclose(traced, y, atol=1e-6)
-    without, *_ = train(X, PARAMS, narrow, DY, r_max=3.0, d_max=jnp.inf)
-    same, *_ = train(X, PARAMS, narrow, DY, r_max=3.0, r_min=1 / 3, d_max=jnp.inf)
-    np.testing.assert_array_equal(without, same)
+    assert_allclose(y, np.float64(PARAMS.scale) * corrected + np.float64(PARAMS.bias), atol=2e-5)
+    assert_allclose(train(X, PARAMS, narrow, DY, r_max=3.0, r_min=r_min, d_max=np.inf)[0], y, atol=1e-6)
+    without, *_ = compiled(X, PARAMS, narrow, DY, r_max=3.0, d_max=np.inf)
+    assert_allclose(without, compiled(X, PARAMS, narrow, DY, r_max=3.0, r_min=1 / 3, d_max=np.inf)[0], atol=1e-6)
 
 
 def test_limits_may_be_traced_and_follow_the_paper():
@@ -99,16 +102,16 @@ def test_limits_may_be_traced_and_follow_the_paper():
 
     for step, r_max, d_max in [(0, 1, 0), (5_000, 1, 0), (25_000, 1 + 2 * 20 / 35, 5), (40_000, 3, 5), (10**6, 3, 5)]:
         found = run(step)
-        np.testing.assert_allclose(found[:2], (r_max, d_max), rtol=1e-6)
-        np.testing.assert_allclose(found[2], renormalize(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
+        assert_allclose(found[:2], (r_max, d_max), rtol=1e-6)
+        assert_allclose(found[2], renormalize(X, PARAMS, STATE, r_max, d_max)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("way", ["one device", "vmap", "shard_map", "shard_map unchecked", "automatic"])
+@pytest.mark.parametrize("way", ["one device", "vmap", "shard_map", "shard_map unchecked"])
 def test_masked_and_split_it_is_that_of_the_valid_rows(way):
     mask = np.random.default_rng(1).uniform(size=(16, 4)) < 0.6
     mask[:2] = False  # the first of 8 devices has nothing
-    x = jnp.where(mask[..., None], X, jnp.nan)
-    y, after, dx, dparams = ways.runner(way, jbn.batch_renorm)(x, mask, DY, PARAMS, STATE)
+    x = np.where(mask[..., None], X, np.float32(np.nan))
+    y, after, dx, dparams = jax.device_get(ways.runner(way, jbn.batch_renorm)(x, mask, DY, PARAMS, STATE))
     assert not y[~mask].any() and not dx[~mask].any()
     valid, dy = (np.float64(a)[mask][None] for a in (X, DY))
     expected, r = renormalize(valid, PARAMS, STATE, 3.0, 5.0)
@@ -122,7 +125,7 @@ def test_masked_and_split_it_is_that_of_the_valid_rows(way):
         dy.sum((0, 1)),
     )
     for ours, exact in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=2e-5)  # float32, outputs up to 30
+        assert_allclose(ours, exact, rtol=1e-5, atol=2e-5)  # float32, outputs up to 30
 
 
 def test_second_derivatives_take_r_and_d_as_constants():
@@ -130,9 +133,8 @@ def test_second_derivatives_take_r_and_d_as_constants():
         return jnp.sum(jnp.sin(jbn.batch_renorm(x, PARAMS, STATE, train=True)[0]))
 
     x = X[:4, 0]
-    mean, deviation = x.mean(0), jnp.sqrt(x.var(0) + EPSILON)
-    running = jnp.sqrt(STATE.var + EPSILON)
-    r, d = jnp.clip(deviation / running, 1 / 3, 3), jnp.clip((mean - STATE.mean) / running, -5, 5)
+    mean, deviation, running = x.mean(0), np.sqrt(x.var(0) + EPSILON), np.sqrt(STATE.var + EPSILON)
+    r, d = np.clip(deviation / running, 1 / 3, 3), np.clip((mean - STATE.mean) / running, -5, 5)
 
     def plain(x):
         normalized = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + EPSILON)
@@ -140,12 +142,12 @@ def test_second_derivatives_take_r_and_d_as_constants():
         return jnp.sum(jnp.sin(PARAMS.scale[None] * corrected + PARAMS.bias[None]))
 
     # second derivatives in float32 reach 20
-    np.testing.assert_allclose(jax.jit(jax.hessian(loss))(x), jax.jit(jax.hessian(plain))(x), atol=2e-3)
+    assert_allclose(jax.jit(jax.hessian(loss))(x), jax.jit(jax.hessian(plain))(x), atol=2e-3)
 
 
 def test_evaluation_and_refusals():
     y, same = jbn.batch_renorm(X, PARAMS, STATE, train=False)
-    np.testing.assert_array_equal(y, jbn.normalize_running(X, PARAMS, STATE))
+    assert_array_equal(y, jbn.normalize_running(X, PARAMS, STATE))
     assert same is STATE
     with pytest.raises(ValueError, match=r"r_max is 0.5; expected a number of at least 1"):
         jbn.batch_renorm(X, PARAMS, STATE, train=True, r_max=0.5)
