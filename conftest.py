@@ -1,10 +1,14 @@
-"""Eight virtual CPU devices for every test, and the names that docstring examples use."""
+"""Eight virtual CPU devices for every test, a cache of what is compiled, and the names that docstring examples use."""
 
 import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Most of the time is compiling: workers, the processes that tests start and the next run share what comes of it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".venv" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,11 @@ LAYERS = {"flax": ("_flax", "linen", "nnx"), "equinox": ("equinox",)}  # which c
 collect_ignore = [
     f"jbn/{name}.py" for needed, names in LAYERS.items() if not importlib.util.find_spec(needed) for name in names
 ]
+
+
+def pytest_configure(config):
+    # What another process is writing, or cannot be written, is compiled as without a cache: JAX warns of it.
+    config.addinivalue_line("filterwarnings", "ignore:Error .* persistent compilation cache:UserWarning")
 
 
 @pytest.fixture(autouse=True)
