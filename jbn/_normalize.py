@@ -121,8 +121,9 @@ def normalize_running(
         y = activation(scale * (x - state.mean) / sqrt(state.var + epsilon) + bias)
 
     The state is used as it stands, whatever its evidence: a fresh one has mean 0 and variance 1, and a feature whose
-    last batch was far away (see `batch_norm`) what that batch was normalized by. A state is constant in differentiation;
-    `Moments` in its place, such as those of another batch, are differentiable in mean and variance, to any order; without
+    last batch was far away (see `batch_norm`) what that batch was normalized by. A state is constant in
+    differentiation; `Moments` in its place, such as those of another batch, are differentiable in mean and variance, to
+    any order; without
     an activation:
 
         dmean = -sum(dy * scale) / sqrt(var + epsilon),  dvar = -sum(dy * (y - bias)) / (2 (var + epsilon))

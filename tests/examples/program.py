@@ -59,7 +59,9 @@ class Worker:
         self.process.stdin.flush()
 
     def printed(self) -> str:
-        return os.pread(self.output.fileno(), 1 << 20, self.seen).decode()  # the process goes on where it is in the file
+        return os.pread(
+            self.output.fileno(), 1 << 20, self.seen
+        ).decode()  # the process goes on where it is in the file
 
     def ended(self) -> tuple[int, str]:
         """Exit status and output of the command, or of the process, when it has ended."""
