@@ -1,4 +1,4 @@
-"""Run what one version of JAX exported with another: programs for a fixed batch and for any, for evaluation and training.
+"""Run what one version of JAX exported with another: programs for a fixed batch and for any, evaluation and training.
 
 python3.11 benchmarks/exported.py FOLDER      writes what its jax exports there, and runs what is there by others
 python3.12 benchmarks/exported.py FOLDER
