@@ -137,7 +137,8 @@ def measure(x, weights, center, axes, pool) -> Moments:
     else:
         first, second = pool.total((first, second))
     rest = first / nonzero(count)
-    var = second / nonzero(count) - (rest + (center - near)) ** 2
+    square = second / nonzero(count)  # infinite where that of a value is, and then the variance is, not inf - inf
+    var = square - jnp.where(jnp.isinf(square), 0.0, (rest + (center - near)) ** 2)
     least = uncertainty(rest) if given else jnp.zeros_like(var)
     return Moments(count, center, jnp.where(var > least, var, least), rest, count if squares is None else squares)
 
@@ -203,7 +204,9 @@ def measure_tangent(x, weights, measured, x_dot, weights_dot, axes, pool) -> Mom
     else:
         zeroth, squares, first, second = pool.total((zeroth, squares, first, second))
     divisor = nonzero(measured.count)
-    rest, var = first / divisor, (second - measured.var * zeroth) / divisor
+    if weights_dot is not None:
+        second -= measured.var * zeroth
+    rest, var = first / divisor, second / divisor
     return Moments(zeroth, jnp.zeros_like(measured.mean), var, rest, squares)
 
 

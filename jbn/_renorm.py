@@ -127,13 +127,12 @@ def batch_renorm(
 
 def _corrected(measured: Moments, params: Params, epsilon, r_min, r_max, d_max, running: State) -> Affine:
     """The coefficients of `standardize` for params that r and d are part of."""
-    batch = lax.stop_gradient(measured)
-    spread, apart = running.var + epsilon, batch.mean - running.mean + batch.mean_low
+    spread, apart = running.var + epsilon, measured.mean - running.mean + measured.mean_low
     usable = (running.weight > 0) & (spread > 0)  # selected rather than multiplied: what is not used may be infinite
     spread = jnp.where(usable, spread, jnp.ones_like(spread))
-    r = jnp.clip(jnp.sqrt((batch.var + epsilon) / spread), r_min, r_max)
+    r = jnp.clip(jnp.sqrt((measured.var + epsilon) / spread), r_min, r_max)
     d = jnp.clip(apart / jnp.sqrt(spread), -d_max, d_max)
-    r, d = jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))
+    r, d = lax.stop_gradient((jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))))
     scale = jnp.ones_like(r) if params.scale is None else params.scale.astype(r.dtype)
     bias = jnp.zeros_like(d) if params.bias is None else params.bias.astype(d.dtype)
     return standardize(measured, Params(scale * r, scale * d + bias), epsilon)

@@ -66,19 +66,6 @@ def test_weights_of_every_shape_and_kind():
         assert_allclose(measured.squares, squares.sum((0, 1, 3)) if by_feature else squares.sum() / 5, rtol=1e-6)
 
 
-def test_integer_weights_repeat_rows():
-    x = sample((4, 3))
-    assert_moments(measure(x, weights=np.array([2, 0, 1, 3])), reference.moments(np.repeat(x, [2, 0, 1, 3], 0)))
-
-
-@pytest.mark.parametrize("kind", [bool, np.float32])
-def test_what_has_weight_0_is_never_read(kind):
-    x = sample((6, 3))
-    x[1], x[4] = np.nan, np.inf
-    weights = np.array([1, 0, 1, 1, 0, 1], kind)
-    assert_moments(measure(x, weights=weights), reference.moments(x[[0, 2, 3, 5]]))
-
-
 def test_negative_and_nan_weights_count_as_0():
     x = sample((4, 3))
     weights = np.array([1, -2, np.nan, 3], np.float32)
@@ -126,14 +113,14 @@ def test_merge_of_several_feature_axes_and_weights():
 def test_a_part_of_count_0_may_hold_anything():
     whole, bad = measure(sample((8, 3))), np.float32([[np.nan] * 3, [np.inf] * 3, [np.nan] * 3])
     nothing = jbn.Moments(np.float32(0), *bad)
-    assert_moments(merge(nothing, whole, nothing), whole[:3], rtol=1e-7)
+    assert_moments(merge(nothing, whole, nothing), whole[:3], rtol=2**-22)  # multiplied by a count and divided again
     assert not np.any(np.stack(merge(nothing, nothing)[1:4]))
     assert merge(nothing._replace(squares=np.float32(np.nan)), whole).squares == 8
 
 
 def test_merge_of_one_is_itself():
     whole = measure(sample((8, 3)))
-    jax.tree.map(partial(assert_allclose, rtol=1e-7), merge(whole), whole)
+    jax.tree.map(partial(assert_allclose, rtol=2**-22), merge(whole), whole)
 
 
 def test_merge_is_associative_and_commutative():
@@ -159,13 +146,6 @@ def test_merge_keeps_the_widest_dtype():
     with jax.enable_x64(True):
         moments = [jax.eval_shape(jbn.moments, sample((8, 3), dtype)) for dtype in (np.float32, np.float64)]
         assert {field.dtype for field in jax.eval_shape(jbn.merge, *moments)} == {jnp.dtype(np.float64)}
-
-
-def test_merge_inside_scan_measures_a_stream():
-    x, nothing = sample((5, 8, 3)), jbn.empty_moments(jbn.State(np.zeros(3, np.float32), np.ones(3, np.float32)))
-    step = lambda so_far, part: (jbn.merge(so_far, jbn.moments(part)), None)  # noqa: E731
-    merged, _ = jax.jit(lambda x: jax.lax.scan(step, nothing, x))(x)
-    assert_moments(merged, reference.moments(x.reshape(40, 3)))
 
 
 def test_merge_is_differentiable():

@@ -163,13 +163,6 @@ def test_a_dead_feature_gives_the_bias_and_finite_derivatives(value, epsilon):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivatives))
 
 
-def test_one_value_of_many_devices_worth_is_not_needed_for_evaluation():
-    assert_close(
-        jbn.normalize_running(sample((1, 3)), PARAMS, STATE),
-        reference.normalize(sample((1, 3)), STATE.mean, STATE.var, *PARAMS),
-    )
-
-
 def test_a_state_without_evidence_is_the_identity():
     params, state = jbn.init(3)
     x = sample()

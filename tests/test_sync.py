@@ -67,21 +67,6 @@ def test_real_weights(way):
     assert not ways.too_far(ways.differences(ways.runner(way)(*operands, PARAMS, STATE), wanted))
 
 
-def test_uneven_counts_are_pooled_by_count():
-    """Averaging the shards' means gives 2.04 for data like these, where the mean is 1.86."""
-    counts = [8, 1, 2, 5]
-    rng = np.random.default_rng(0)
-    x = np.stack([rng.normal(mean, 1, (8, 1)) for mean in (1, 5, 2, 3)]).astype(np.float32)
-    mask = np.arange(8) < np.array(counts)[:, None]
-    pooled = jax.jit(jax.vmap(lambda x, mask: jbn.moments(x, weights=mask, axis_name="i"), axis_name="i"))(x, mask)
-    values = np.float64(x[mask])
-    assert_allclose(pooled.count, np.full(4, 16))
-    assert_allclose(pooled.mean, np.tile(values.mean(0), (4, 1)), rtol=1e-6)
-    assert_allclose(pooled.var, np.tile(values.var(0), (4, 1)), rtol=1e-6)
-    of_shards = np.mean([shard[some].mean() for shard, some in zip(x, mask, strict=True)])
-    assert abs(of_shards - values.mean()) > 0.1
-
-
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_one_value_a_device(check_vma):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32))

@@ -209,12 +209,6 @@ def test_a_state_stays_finite_whatever_is_fed_to_it():
     assert_allclose(fed.mean, np.float64(x).mean(0), rtol=1e-6)
 
 
-def test_no_data_does_not_move_the_mean():
-    """Keras moves its mean from 5 to 4.5 there, Flax to NaN."""
-    state, ones = OLD._replace(mean=np.full(FEATURES, 5, np.float32)), np.ones((4, FEATURES), np.float32)
-    assert_same(jbn.batch_norm(ones, PARAMS, state, train=True, weights=np.zeros(4, bool))[1], state)
-
-
 @pytest.mark.parametrize("of_x", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("of_state", [jnp.float32, jnp.float64])
 def test_dtypes_of_the_state_never_change(of_state, of_x):
@@ -228,21 +222,6 @@ def test_dtypes_of_the_state_never_change(of_state, of_x):
         after, _ = jax.jit(lambda state: jax.lax.scan(step, state, np.stack([x, x])))(state)
         assert dtypes(after) == dtypes(state)
         assert_allclose(np.float64(after.mean), np.float64(x).mean(0), rtol=2e-2)
-
-
-def test_decay_0_999_with_bfloat16_input_is_not_rounded():
-    x, state = measurements(1)[0].astype(jnp.bfloat16), FRESH
-    for _ in range(3):
-        _, state = jbn.batch_norm(x, PARAMS, state, train=True, decay=0.999)
-    assert_allclose(state.weight, 1 - 0.999**3, rtol=1e-4)
-    assert_allclose(state.mean, np.float64(x).mean(0), rtol=1e-5)
-
-
-def test_evaluation_before_any_training_is_defined():
-    """Equinox's "ema" mode evaluates uninitialized memory there."""
-    assert_state(FRESH, (np.zeros(FEATURES), np.ones(FEATURES), 0.0))
-    x = measurements(1)[0]
-    assert_allclose(jbn.normalize_running(x, PARAMS, FRESH), x, rtol=1e-5)
 
 
 def test_replicas_merged_before_evaluation_keep_the_variance_between_them():
