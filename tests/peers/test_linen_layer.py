@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import parity
 import pytest
 from flax import errors, serialization
@@ -531,6 +532,23 @@ def test_bridges():
         jbn.linen.batch_stats(states, like={"a": tree["a"]})
     with pytest.raises(ValueError, match="like has a ndarray"):
         jbn.linen.batch_stats({"a": states["a"]}, like={"a": np.ones(3)})
+
+
+def test_statistics_of_another_width(tmp_path):
+    """Orbax restores what there is into NumPy arrays of any shape."""
+    layer = OURS()
+    wide, narrow = (layer.init(jax.random.key(0), jnp.ones((2, width)), True)["batch_stats"] for width in (6, 4))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "wide", wide)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "wide", jax.tree.map(np.asarray, narrow))
+    assert restored["mean"].shape == (6,)
+    params, x = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}, jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)
+    for train in (False, True):
+        with pytest.raises(ValueError, match=r"state.mean has shape \[6\]; expected \[4\].*x \[8, 4\]"):
+            layer.apply({"params": params, "batch_stats": restored}, x, not train, mutable=["batch_stats"])
+        with pytest.raises(ValueError, match=r"state.mean has shape \[6\]; expected \[4\].*x \[8, 4\]"):
+            jbn.batch_norm(x, jbn.Params(**params), jbn.State(**restored), train=train)
 
 
 def test_one_feature_does_not_spoil_its_statistics():

@@ -339,6 +339,17 @@ def test_whole_numbers(dtype):
     assert_allclose(y.astype(jnp.float32), theirs, rtol=0, atol=4 * jnp.finfo(y.dtype).eps)
 
 
+@pytest.mark.parametrize("norm", [OURS, THEIRS])
+def test_statistics_move_under_the_jit_of_nnx_and_stay_under_that_of_jax(norm):
+    """In silence: warnings are errors here."""
+    model = norm(3, rngs=nnx.Rngs(0))
+    jax.jit(jax.grad(lambda model, x: jnp.sum(jnp.sin(model(x))), allow_int=True))(model, X)
+    assert_array_equal(model.mean[...], 0)
+    assert_array_equal(model.var[...], 1)
+    nnx.jit(lambda model, x: model(x))(model, X)
+    assert_allclose(model.mean[...], 0.1 * X.mean((0, 1, 2), dtype=np.float64), rtol=1e-5)
+
+
 def test_use_running_average_by_each_way():
     layer = nnx.Sequential(OURS(3, use_running_average=None, rngs=nnx.Rngs(0)))
     norm = layer.layers[0]
