@@ -7,7 +7,7 @@ TESTS ?=
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test peers lint format docs dist wheel bench clean runs same
+.PHONY: help train test quick peers lint format docs dist wheel bench clean runs same
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -18,6 +18,9 @@ train: $(VENV)/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) 
 
 test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+quick: $(VENV)/.test ## Run a little of everything, after every edit, 15 s
+	$(BIN)/python -m pytest --quiet tests/test_quick.py $(ARGS)
 
 peers: $(VENV)/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(or $(TESTS),tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py) $(ARGS)
