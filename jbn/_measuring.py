@@ -38,6 +38,6 @@ def held_by(state) -> Held | None:
     """What `state` holds, and `None` for every other state."""
     if not isinstance(state, State) or np.ndim(state.weight) != np.ndim(state.mean) + 2:
         return None
-    fields = jnp.unstack(jnp.squeeze(jnp.asarray(state.weight), -2), axis=-1)
+    fields: list[Any] = list(jnp.unstack(jnp.squeeze(jnp.asarray(state.weight), -2), axis=-1))
     epsilon = fields[9] if len(fields) > 9 else None
     return Held(Moments(*fields[:5]), fields[5], fields[6], State(*fields[7:9]), epsilon)
