@@ -32,5 +32,5 @@ def everywhere(layout: NamedSharding) -> NamedSharding:
 
 def automatically(f: Callable, *layouts: NamedSharding | None) -> Callable:
     """`f` with the layout of what is in between left to the compiler, and its results laid out like that."""
-    known = None not in layouts and any(part for layout in layouts for part in layout.spec)
-    return f if not known else jax.sharding.auto_axes(f, out_sharding=layouts)
+    cut = any(part for layout in layouts if layout is not None for part in layout.spec)
+    return jax.sharding.auto_axes(f, out_sharding=layouts) if cut else f
