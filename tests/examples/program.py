@@ -1,97 +1,121 @@
-"""The CIFAR-10 program as processes of its own: started, waited for, and what they leave."""
+"""The CIFAR-10 program in processes of its own: started, waited for, and what they leave.
 
+A process runs one command after the other, each in a module of its own: much of a command's time is Python's start.
+"""
+
+import ast
 import csv
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "cifar10" / "train.py"
-SMALL = [
-    "--depth",
-    "8",
-    "--epochs",
-    "4",
-    "--batch",
-    "32",
-    "--train-images",
-    "192",
-    "--peak-rate",
-    "0.02",
-    "--evaluate-every",
-    "4",
-    "--ema",
-    "0.9",
-]
-FEW_IMAGES = "import data\ndata.embedded.__defaults__ = (256, 128, 0)"  # to draw, and to evaluate on
+SETTINGS = {"depth": 8, "width": 4, "epochs": 4, "batch": 32, "train-images": 192, "peak-rate": 0.02, "ema": 0.9}
+SMALL = [word for name, value in (SETTINGS | {"evaluate-every": 4}).items() for word in (f"--{name}", value)]
 SECONDS = 300  # no wait in these tests is longer
+END = "\0"  # stands before the exit status of a command
 
 
-COUNT = "--xla_force_host_platform_device_count"
-# Most of the time is compiling.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+class Worker:
+    """A process with that many devices and without network."""
 
-
-class Launcher:
-    """Starts the program without network, with a cache of compiled programs that all runs share."""
-
-    def __init__(self, folder: Path):
-        self.cache = folder / "no-cifar"
-        self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    def __init__(self, devices: int):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the rest is compiling
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
-            "TF_CPP_MIN_LOG_LEVEL": "3",  # what XLA says of its cache can fill the pipe, from which nobody reads
         }
+        self.output, self.seen = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        streams = {"stdin": subprocess.PIPE, "stdout": self.output, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen([sys.executable, "-u", __file__], env=environment, text=True, **streams)
 
-    def quick(self, devices: int = 1) -> dict[str, str]:
-        """The environment of a process that compiles as little as can be."""
-        return self.environment | {"XLA_FLAGS": f"{COUNT}={devices} {QUICK}"}
+    def __enter__(self):
+        return self
 
-    def start(self, *arguments, devices: int = 2, before: str = "") -> subprocess.Popen:
-        """One process with a small data set, which runs the Python statements in `before` first."""
-        settings = [] if "--resume" in arguments else [*SMALL, "--cache", str(self.cache)]
-        code = f"import runpy, sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\n{FEW_IMAGES}\n{before}\n"
-        code += f"runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
-        return subprocess.Popen(
-            [sys.executable, "-c", code, *settings, *map(str, arguments)],
-            env=self.quick(devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+        self.output.close()
 
-    def start_two(self, *arguments, devices: int = 1, before: str = "", second=()) -> list[subprocess.Popen]:
-        """Two processes that train together; `second` and `before` are for the second one alone."""
+    def start(self, *arguments, replaced=()) -> None:
+        """Start a command; until it ends, the names of pairs in `replaced` have other values."""
+        if "--run" in arguments:  # with --resume, the settings are there
+            run = Path(arguments[arguments.index("--run") + 1])
+            arguments = (*SMALL, "--cache", run.parent / "no-cifar", *arguments)
+        self.process.stdin.write(f"{([*map(str, arguments)], replaced)}\n")
+        self.process.stdin.flush()
+
+    def printed(self) -> str:
+        return os.pread(
+            self.output.fileno(), 1 << 20, self.seen
+        ).decode()  # the process goes on where it is in the file
+
+    def ended(self) -> tuple[int, str]:
+        """Exit status and output of the command, or of the process, when it has ended."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            died, printed = self.process.poll(), self.printed()
+            output, _, status = printed.partition(END)
+            if status.endswith("\n"):
+                self.seen += len(printed.encode())
+                return int(status), output
+            if died is not None:
+                return died, output
+            time.sleep(0.02)
+        raise TimeoutError(self.printed())
+
+    def finish(self, *arguments) -> str:
+        """What a command that ends well prints."""
+        self.start(*arguments)
+        status, output = self.ended()
+        assert status == 0, output
+        return output
+
+    def wait_for(self, found: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not found():
+            assert self.process.poll() is None and END not in self.printed(), self.printed()
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.005)
+
+
+class Pair(ExitStack):
+    """Two processes of one device that train together."""
+
+    def __init__(self):
+        super().__init__()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            together = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", 2, "--process")
-        return [
-            self.start(*arguments, *together, 0, devices=devices),
-            self.start(*arguments, *second, *together, 1, devices=devices, before=before),
-        ]
+            self.together = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", 2, "--process")
+        self.both = self.first, self.second = [self.enter_context(Worker(1)) for _ in range(2)]
 
+    def start(self, *arguments, second=(), replaced=()) -> None:
+        """Start a command in both; `second` and `replaced` are for the second one alone."""
+        self.first.start(*arguments, *self.together, 0)
+        self.second.start(*arguments, *second, *self.together, 1, replaced=replaced)
 
-def finish(*processes: subprocess.Popen) -> list[str]:
-    """What `processes` printed, when all have ended well."""
-    outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
+    def ended(self) -> list[tuple[int, str]]:
+        return [worker.ended() for worker in self.both]
 
-
-def wait_for(process: subprocess.Popen, found) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not found():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.005)
+    def finish(self, *arguments) -> list[str]:
+        self.start(*arguments)
+        (first, output), (second, other) = self.ended()
+        assert first == second == 0, output + other
+        return [output, other]
 
 
 def last_checkpoint(run: Path) -> dict:
@@ -108,3 +132,45 @@ def metrics(run: Path) -> list[dict]:
     """The rows of metrics.csv without the columns that depend on the clock."""
     with (run / "metrics.csv").open() as file:
         return [{name: row[name] for name in row if "second" not in name} for row in csv.DictReader(file)]
+
+
+def serve() -> None:
+    """Run the commands that `Worker.start` writes, with few images and a network of one block."""
+    sys.path.insert(0, str(PROGRAM.parent))
+    import checkpoints
+    import cluster
+    import data
+    import model
+
+    save = checkpoints.Checkpoints.save
+
+    def save_slowly(self, carry, history):
+        save(self, carry, history)
+        time.sleep(len(history) % 2 == 0)  # a second behind every other, for what tests do to the process
+
+    checkpoints.Checkpoints.save = save_slowly
+    data.embedded.__defaults__ = (256, 128, 0)  # to draw, and to evaluate on
+    model.blocks = lambda depth, width=16: [("block", width, 4 * width, 2)]
+    for line in sys.stdin:
+        arguments, replaced = ast.literal_eval(line)
+        sys.argv = [str(PROGRAM), *arguments]
+        status = 0
+        with ExitStack() as stack:
+            for name, value in replaced:
+                stack.enter_context(mock.patch(name, value))
+            try:
+                runpy.run_path(str(PROGRAM), run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+                if isinstance(status, str):
+                    status = print(status) or 1  # as Python does
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+        if jax.distributed.is_initialized():
+            cluster.join = lambda _: None  # these two have met
+        print(f"{END}{status}")
+
+
+if __name__ == "__main__":
+    serve()

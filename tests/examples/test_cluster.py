@@ -1,4 +1,7 @@
-"""The CIFAR-10 program in two processes: one result, no process left waiting, one configuration."""
+"""The CIFAR-10 program in two processes: one result, no process left waiting, one configuration.
+
+All tests but those that lose a process share one pair; the last one ends it.
+"""
 
 import shutil
 import signal
@@ -8,16 +11,39 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from program import SECONDS, finish, last_checkpoint, metrics, wait_for
+from program import Pair, Worker, last_checkpoint, metrics
 
 
 @pytest.fixture(scope="module")
-def together(launcher, tmp_path_factory):
-    """The folder of an undisturbed run of two processes with one device each."""
+def pair():
+    with Pair() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def together(pair, tmp_path_factory):
+    """The folder of an undisturbed run of the two."""
     run = tmp_path_factory.mktemp("runs") / "together"
-    outputs = finish(*launcher.start_two("--run", run))
-    assert "test accuracy" in outputs[0] and "accuracy" not in outputs[1]
+    first, second = pair.finish("--run", run, "--recalibrate")
+    assert "recalibrated statistics: test accuracy" in first and "accuracy" not in second
     return run
+
+
+@pytest.mark.parametrize(
+    ("second", "replaced", "message"),
+    [
+        (["--peak-rate", "0.2"], [], "process 0 has peak_rate 0.02 and process 1 has 0.2; start all alike"),
+        ([], [("data.embedded.__defaults__", (256, 128, 1))], "process 1 has embedded shapes (seed 1"),
+        ([], [("jax.__version__", "0.0.1")], "and process 1 has 0.0.1; start all alike"),
+        (["--data", "/nowhere"], [], "process 1: /nowhere/data_batch_1.bin is missing"),
+    ],
+    ids=["configuration", "data", "jax", "no data"],
+)
+def test_processes_that_differ_are_refused(pair, tmp_path, second, replaced, message):
+    pair.start("--run", tmp_path / "run", second=second, replaced=replaced)
+    for status, output in pair.ended():
+        assert status == 1 and message in output, output
+    assert not (tmp_path / "run").exists()
 
 
 def assert_same_training(run, other, tolerance):
@@ -32,66 +58,58 @@ def test_two_processes_train_as_one(together, undisturbed):
     assert_same_training(together, undisturbed[0], 1e-5)
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(launcher, together, tmp_path):
+def without_the_last_epoch(source, tmp_path):
+    """A copy of a run to go on with on other devices."""
     run = tmp_path / "run"
-    first, second = launcher.start_two("--run", run)
-    wait_for(first, lambda: (run / "checkpoints" / "2").is_dir())
-    second.send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    output, _ = first.communicate(timeout=SECONDS)
-    print(f"The other process ended {time.monotonic() - killed:.1f} s later.")
-    assert time.monotonic() - killed < 30
-    second.communicate()
-    assert first.returncode == 1
+    shutil.copytree(source, run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    return run
+
+
+# Six steps on another number of devices: what rounding differs by at the start, about 1e-7, training makes more of.
+ON_OTHER_DEVICES = 1e-2
+
+
+def test_one_process_goes_on_with_a_run_of_two(together, tmp_path):
+    run = without_the_last_epoch(together, tmp_path)
+    with Worker(devices=1) as worker:
+        output = worker.finish("--resume", run)
+    assert "Going on after epoch 3" in output
+    assert "recalibrated statistics: test accuracy" in output  # which was asked for at the start
+    assert_same_training(run, together, ON_OTHER_DEVICES)
+
+
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, together, tmp_path):
+    run = tmp_path / "run"
+    with Pair() as killed:
+        killed.start("--run", run)
+        killed.first.wait_for((run / "checkpoints" / "2").is_dir)
+        killed.second.process.send_signal(signal.SIGKILL)
+        since = time.monotonic()
+        status, output = killed.first.ended()
+    print(f"The other process ended {time.monotonic() - since:.1f} s later.")
+    assert time.monotonic() - since < 30
+    assert status == 1 and killed.first.process.returncode == 1
     assert "another process is lost" in output and f"--resume {run}" in output, output
 
-    assert "Going on after epoch" in finish(*launcher.start_two("--resume", run))[0]
+    assert "Going on after epoch" in pair.finish("--resume", run)[0]
     jax.tree.map(np.testing.assert_array_equal, last_checkpoint(run), last_checkpoint(together))
 
 
-def test_a_process_that_hangs_ends_the_other(launcher, tmp_path):
-    run = tmp_path / "run"
-    first, second = launcher.start_two("--run", run)
-    wait_for(first, lambda: (run / "checkpoints" / "1").is_dir())
-    second.send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
-    output, _ = first.communicate(timeout=SECONDS)
-    print(f"The other process ended {time.monotonic() - stopped:.1f} s later.")
-    second.kill()
-    second.communicate()
-    assert time.monotonic() - stopped < 90  # the heartbeat's 20 s, and as much for the news to get around
+def test_two_go_on_with_a_run_of_one_and_one_that_hangs_ends_the_other(pair, undisturbed, tmp_path):
+    """It hangs behind the last checkpoint, and the other one goes on to evaluate."""
+    run = without_the_last_epoch(undisturbed[0], tmp_path)
+    pair.start("--resume", run)
+    pair.first.wait_for((run / "checkpoints" / "4").is_dir)
+    pair.second.process.send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    status, output = pair.first.ended()
+    print(f"The other process ended {time.monotonic() - since:.1f} s later.")
+    assert time.monotonic() - since < 90  # the heartbeat's 20 s, and as much for the news to get around
+    assert pair.first.process.poll() is not None
     # JAX ends the process, or what waits for the other raises first and the program says how to go on.
     by_program = f"training cannot go on without it. Start all again with --resume {run}"
-    said = by_program if first.returncode == 1 else "another task died"
-    assert first.returncode != 0 and said in output, output
-
-
-@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 2)])
-def test_a_checkpoint_does_not_depend_on_the_layout(launcher, together, undisturbed, tmp_path, processes, devices):
-    """A run of two processes is gone on with by one, and a run of one by two with two devices each."""
-    source, run = together if processes == 1 else undisturbed[0], tmp_path / "run"
-    shutil.copytree(source, run)
-    shutil.rmtree(run / "checkpoints" / "4")
-    start = launcher.start_two if processes == 2 else lambda *args, **options: [launcher.start(*args, **options)]
-    output = finish(*start("--resume", run, devices=devices))[0]
+    said = by_program if status == 1 else "another task died"
+    assert status != 0 and said in output, output
     assert "Going on after epoch 3" in output
-    assert ("recalibrated statistics: test accuracy" in output) == (source == undisturbed[0])  # which asks for it
-    # Six steps on another number of devices: what rounding differs by at the start, about 1e-7, training makes more of.
-    assert_same_training(run, source, 1e-2)
-
-
-@pytest.mark.parametrize(
-    ("second", "before", "message"),
-    [
-        (["--peak-rate", "0.2"], "", "process 0 has peak_rate 0.02 and process 1 has 0.2; start all alike"),
-        ([], "import data\ndata.embedded.__defaults__ = (256, 128, 1)", "process 1 has embedded shapes (seed 1"),
-        ([], "import jax\njax.__version__ = '0.0.1'", "and process 1 has 0.0.1; start all alike"),
-        (["--data", "/nowhere"], "", "process 1: /nowhere/data_batch_1.bin is missing"),
-    ],
-    ids=["configuration", "data", "jax", "no data"],
-)
-def test_processes_that_differ_are_refused(launcher, tmp_path, second, before, message):
-    for process in launcher.start_two("--run", tmp_path / "run", second=second, before=before):
-        output, _ = process.communicate(timeout=SECONDS)
-        assert process.returncode == 1 and message in output, output
-    assert not (tmp_path / "run").exists()
+    assert_same_training(run, undisturbed[0], ON_OTHER_DEVICES)
