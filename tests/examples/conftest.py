@@ -1,8 +1,10 @@
-"""One undisturbed run of the CIFAR-10 program, which the tests compare other runs with."""
+"""What makes the tests of the example quick, and a run of it that they compare others with."""
 
 import fcntl
 import os
 
+import jax
+import model
 import program
 import pytest
 
@@ -19,3 +21,13 @@ def undisturbed(tmp_path_factory):
             with program.Worker(devices=2) as worker:
                 printed.write_text(worker.finish("--run", run, "--recalibrate"))
     return run, printed.read_text()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Networks are a stem and one block, and compiled in the least time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "blocks", lambda depth, width=16: [("block", width, 4 * width, 2)])
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -23,7 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "cifar10" / "train.py"
-SMALL = "--depth 8 --epochs 4 --batch 32 --train-images 192 --peak-rate 0.02 --evaluate-every 4 --ema 0.9".split()
+SETTINGS = {"depth": 8, "width": 4, "epochs": 4, "batch": 32, "train-images": 192, "peak-rate": 0.02, "ema": 0.9}
+SMALL = [word for name, value in (SETTINGS | {"evaluate-every": 4}).items() for word in (f"--{name}", value)]
 SECONDS = 300  # no wait in these tests is longer
 END = "\0"  # stands before the exit status of a command
 
@@ -38,7 +39,7 @@ class Worker:
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
         }
-        self.output, self.seen = tempfile.TemporaryFile(), 0
+        self.output, self.seen = tempfile.TemporaryFile(), 0  # noqa: SIM115
         streams = {"stdin": subprocess.PIPE, "stdout": self.output, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen([sys.executable, "-u", __file__], env=environment, text=True, **streams)
 
@@ -145,7 +146,7 @@ def serve() -> None:
 
     def save_slowly(self, carry, history):
         save(self, carry, history)
-        time.sleep(len(history) == 2)  # a second, for what tests do to the process
+        time.sleep(len(history) % 2 == 0)  # a second behind every other, for what tests do to the process
 
     checkpoints.Checkpoints.save = save_slowly
     data.embedded.__defaults__ = (256, 128, 0)  # to draw, and to evaluate on

@@ -1,6 +1,7 @@
 """The convolution's own rule for CPUs against JAX's, for all strides, kernels and odd sizes, and on other platforms."""
 
 from functools import partial
+from itertools import product
 
 import convolution
 import jax
@@ -21,19 +22,28 @@ def pullback(function, x, kernel, dy):
     return y, *pull(dy)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("window", [(1, 1), (3, 3), (2, 3), (3, 4), (5, 1)])
-@pytest.mark.parametrize(("size", "outputs"), [((6, 8), 4), ((7, 5), 4), ((6, 8), convolution.NARROW + 1)])
-def test_value_and_gradients(size, outputs, window, stride):
-    x = RANDOM.standard_normal((2, *size, 3)).astype(np.float32)
-    kernel = RANDOM.standard_normal((*window, 3, outputs)).astype(np.float32)
-    dy = RANDOM.standard_normal(reference(x, kernel, stride).shape).astype(np.float32)
-    expected = pullback(partial(reference, stride=stride), x, kernel, dy)
-    for got, wanted in zip(
-        jax.jit(partial(pullback, partial(convolution.convolve, stride=stride)))(x, kernel, dy), expected, strict=True
-    ):
-        # sums of up to 112 products of float32, in another order
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+def test_value_and_gradients(window):
+    """Of all strides, sizes and numbers of outputs, in one program for each of the two."""
+    cases, operands = [], []
+    for stride, (size, outputs) in product((1, 2, 3), (((6, 8), 4), ((7, 5), 4), ((6, 8), convolution.NARROW + 1))):
+        shapes = (2, *size, 3), (*window, 3, outputs), (2, *(-(-length // stride) for length in size), outputs)
+        cases.append((stride, size, outputs))
+        operands.append([RANDOM.standard_normal(shape).astype(np.float32) for shape in shapes])
+
+    def all_of(function):
+        def pullbacks(operands):
+            return [
+                pullback(partial(function, stride=case[0]), *each) for case, each in zip(cases, operands, strict=True)
+            ]
+
+        return jax.jit(pullbacks)(operands)
+
+    for case, *both in zip(cases, all_of(convolution.convolve), all_of(reference), strict=True):
+        for got, wanted in zip(*both, strict=True):
+            # sums of up to 112 products of float32, in another order
+            close = {"rtol": 1e-5, "atol": 1e-5 * np.abs(wanted).max()}
+            np.testing.assert_allclose(got, wanted, **close, err_msg=f"stride, size, outputs: {case}")
 
 
 def test_under_vmap():

@@ -9,7 +9,6 @@ from pathlib import Path
 import data
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
 import pytest
 import reference
@@ -19,6 +18,7 @@ from small_batch_record import LINES, STAGES, Network, Record
 
 import jbn
 
+pytestmark = pytest.mark.usefixtures("small")
 ROOT = Path(__file__).parents[2]
 RANDOM = np.random.default_rng(0)
 SIZE = 2
@@ -133,9 +133,8 @@ def test_what_users_read_is_of_the_record():
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Networks of one block and a few images."""
+    """A few images."""
     monkeypatch.setattr(data, "embedded", partial(data.embedded, train=16, test=50))
-    monkeypatch.setattr(model, "blocks", lambda depth, width=16: [("block", 16, 64, 2)])
     return small_batch.Config(folder=tmp_path, sizes=(2,), batch=4, images=16, epochs=2, seeds=1)
 
 
