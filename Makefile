@@ -5,7 +5,7 @@ VERSIONS ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test peers lint format docs dist wheel bench clean
+.PHONY: help train quick test peers lint format docs dist wheel bench clean
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -13,6 +13,9 @@ help: ## List the targets (the default)
 
 train: .venv/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 12 min; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
+
+quick: .venv/.test ## Run a little of everything, for after every edit, 10 s
+	$(BIN)/python -m pytest -q tests/test_quick.py $(ARGS)
 
 test: .venv/.test ## Run the tests, three files at a time as some wait, 9 min; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
