@@ -336,7 +336,7 @@ def test_whole_numbers(dtype):
     (y, running), (theirs, expected) = single(OURS, x, dtype=dtype), single(THEIRS, x.astype(np.float32))
     assert y.dtype == (dtype or jnp.float32)
     assert_same(running, expected)
-    assert_allclose(y.astype(jnp.float32), theirs, rtol=0, atol=4 * jnp.finfo(y.dtype).eps)
+    assert_allclose(y.astype(jnp.float32), theirs, rtol=4 * jnp.finfo(y.dtype).eps, atol=4 * jnp.finfo(y.dtype).eps)
 
 
 @pytest.mark.parametrize("norm", [OURS, THEIRS])
@@ -437,7 +437,7 @@ def test_recalibration_is_exact(debias):
     assert jax.tree.structure(nnx.state(model)) == structure
     assert model.norm_a.mean is mean
     drift = jbn.drift(apply, model, jbn.nnx.states(model), BATCHES)
-    assert drift["norm_a"].error.max() < 1e-5
+    assert abs(drift["norm_a"].shift).max() < 1e-5 and abs(drift["norm_a"].ratio - 1).max() < 1e-5
     assert_exact(jbn.nnx.states(model), model, BATCHES)  # drift left them alone
 
 
