@@ -21,8 +21,8 @@ class Drift(NamedTuple):
       ratio: [*features], standard deviation of the data to the running one.
       error: [*features], what evaluation is off from training, in standard deviations of the output there: the root
         mean square over all calls, each with its own statistics in training.
-      between: [*features], the part of the error that lies between calls: what would be left of it had the running
-        statistics been those of all calls together.
+      between: [*features], the part of the error that lies between calls: what shift and ratio, which are those of all
+        calls together, do not account for.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]

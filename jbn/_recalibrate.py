@@ -41,9 +41,8 @@ def recalibrate(
     data is cut into batches, nor on the states passed in. It goes on until nothing changes, in as many passes as there
     are states at most (one with leading axes, as for a scan over layers, counts for as many), or in `passes`. Where one
     state is used several times in a call, as in a network with tied layers, it goes on until that has settled, in 100
-    passes at most. All this
-    goes for layers that are `batch_norm` or `batch_renorm`: `normalize_batch` sees no state, so that one composed of it
-    and `update` is normalized by each batch in every pass.
+    passes at most, or in as many as there are states. All this goes for layers that are `batch_norm` or `batch_renorm`:
+    `normalize_batch` sees no state, so that one composed of it and `update` is normalized by each batch in every pass.
 
     Args:
       apply: `apply(params, states, batch)` gives back a pair, whose second item is the new states in the structure of
@@ -92,7 +91,7 @@ def recalibrate(
     states, run = check_states("states", states), program(apply)
     found = filter(is_state, jax.tree.leaves(states, is_leaf=is_state))
     layers = sum(math.prod(state.mean.shape[:-1]) for state in found)  # those stacked for a scan count one by one
-    last, number, settled = layers if passes is None else passes, 0, False
+    last, number, settled, unbounded = layers if passes is None else passes, 0, False, False
     while number < last and not settled:
         number += 1
         once = batches() if callable(batches) else batches
@@ -107,12 +106,11 @@ def recalibrate(
         if measured is None:
             break
         states, same, tied = _replace(states, *measured, unbiased)
-        settled = number > 1 and bool(same)
-        if passes is None and tied:
-            last = TIED
-    if passes is None and last == TIED and not settled:
+        settled, unbounded = number > 1 and bool(same), passes is None and bool(tied)
+        last = max(layers, TIED) if unbounded else last
+    if unbounded and not settled:
         warnings.warn(
-            f"a state that is used several times in one call of apply has not settled in {TIED} passes: what it is "
+            f"a state that is used several times in one call of apply has not settled in {last} passes: what it is "
             f"measured from still moves it. Pass passes=, for as many as will do.",
             stacklevel=2,
         )

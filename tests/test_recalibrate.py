@@ -496,3 +496,37 @@ def test_a_variance_as_the_network_or_the_caller_says():
     ):
         (state,) = jbn.recalibrate(network, PARAMS, STATES[:1], cut([128, 128]), **options)
         assert_allclose(state.var, wanted, rtol=1e-5)
+
+
+def tied(params, state, x, steps=3):
+    """One state at several depths."""
+    for _ in range(steps):
+        x, state = jbn.batch_norm(jnp.tanh(x @ SQUARE), params, state, train=True)
+    return x, state
+
+
+SQUARE = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+TIED_BATCHES = np.random.default_rng(1).normal(2, 3, (8, 32, 4)).astype(np.float32)
+
+
+def test_a_state_at_several_depths_settles():
+    """It is that of what reaches the layer when it normalizes by it, in float64."""
+    params, fresh = jbn.init(4)
+    state = jbn.recalibrate(tied, params, fresh, TIED_BATCHES)
+    h, seen = np.float64(TIED_BATCHES.reshape(-1, 4)), []
+    for _ in range(3):
+        seen.append(np.tanh(h @ SQUARE))
+        h = (seen[-1] - np.float64(state.mean)) / np.sqrt(np.float64(state.var) + 1e-5)
+    seen = np.concatenate(seen)
+    assert_allclose((state.mean - seen.mean(0)) / seen.std(0), 0, atol=2e-6)
+    assert_allclose(state.var, seen.var(0, ddof=1), rtol=4e-6)
+
+
+def test_what_does_not_settle_says_so(monkeypatch):
+    monkeypatch.setattr(jbn._recalibrate, "TIED", 3)
+    params, fresh = jbn.init(4)
+    with pytest.warns(UserWarning, match="used several times in one call of apply has not settled in 3 passes"):
+        jbn.recalibrate(tied, params, fresh, TIED_BATCHES)
+    jbn.recalibrate(tied, params, fresh, TIED_BATCHES, passes=2)  # as was asked for
+    with pytest.raises(TypeError, match="which can be gone through once, and there may be 3 passes"):
+        jbn.recalibrate(tied, params, fresh, iter(TIED_BATCHES))
