@@ -243,7 +243,10 @@ def test_a_far_first_step_keeps_what_it_knows(form):
         assert np.abs(y).max() < 8 and np.isfinite(evaluated).all()
         # Unbiased beside biased, 1 / 8192; a known state near enough to be averaged is what it was, by nine tenths.
         restarted = far | (name == "fresh")
-        assert_allclose(evaluated[:, restarted], y[:, restarted], atol=2e-3)
+        # The square of the distance, 2^-24 of which is doubt / 32, may be rounded in one fusion and not in another: twice
+        # that of the variance, half of it of y.
+        slack = 2e-3 + np.abs(y) * doubt / np.maximum(exact, doubt) / 32
+        assert (np.abs(evaluated - y) <= slack)[:, restarted].all()
         known = restarted & (doubt < exact / 2)
         assert (np.abs(after.var - exact) <= 1e-4 * exact + 0.2 * doubt)[known].all()  # a tenth was seen
         assert_allclose(after.var[doubt > 2 * exact], doubt[doubt > 2 * exact], rtol=1e-3)
