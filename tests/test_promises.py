@@ -243,8 +243,8 @@ def test_a_far_first_step_keeps_what_it_knows(form):
         assert np.abs(y).max() < 8 and np.isfinite(evaluated).all()
         # Unbiased beside biased, 1 / 8192; a known state near enough to be averaged is what it was, by nine tenths.
         restarted = far | (name == "fresh")
-        # The square of the distance, 2^-24 of which is doubt / 32, may be rounded in one fusion and not in another: twice
-        # that of the variance, half of it of y.
+        # The square of the distance, 2^-24 of which is doubt / 32, may be rounded in one fusion and not in another:
+        # twice that of the variance, half of it of y.
         slack = 2e-3 + np.abs(y) * doubt / np.maximum(exact, doubt) / 32
         assert (np.abs(evaluated - y) <= slack)[:, restarted].all()
         known = restarted & (doubt < exact / 2)
