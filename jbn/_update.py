@@ -99,7 +99,7 @@ def advance(
 
 def _called(held: Held, moments: Moments, amount) -> Held:
     """`held` and what one call more has measured."""
-    moments = check_fields("moments", moments, Moments, features_of(held.moments.mean))
+    moments = check_fields("moments", moments, Moments)
     total, calls, error = advance(held.moments, moments, amount=amount), held.calls + 1, held.error
     if held.epsilon is not None:
         measured = _in(error.dtype, moments)
