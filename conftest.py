@@ -20,6 +20,8 @@ LAYERS = {"flax": ("_flax", "linen", "nnx"), "equinox": ("equinox",)}  # which c
 collect_ignore = [
     f"jbn/{name}.py" for needed, names in LAYERS.items() if not importlib.util.find_spec(needed) for name in names
 ]
+if not importlib.util.find_spec("torch"):
+    collect_ignore.append("tests/peers/torch_resnet.py")
 
 
 def pytest_configure(config):

@@ -31,7 +31,7 @@ from jbn._flax import normalize, prepare, state_of, weight_of
 from jbn._measure import moments
 from jbn._merge import merge
 from jbn._start import empty_moments
-from jbn._types import Params, State
+from jbn._types import Params, State, sound
 
 
 class BatchNorm(nn.BatchNorm):
@@ -116,7 +116,7 @@ class BatchNorm(nn.BatchNorm):
             for name, value in batch_stats(new, like=running).items():
                 running[name].value = jnp.asarray(value)
             if self.is_mutable_collection("moments"):
-                measured = moments(call.x, center=old.mean, **call.options)
+                measured = moments(call.x, center=sound(old).mean, **call.options)
                 self.sow("moments", "moments", measured, reduce_fn=merge, init_fn=partial(empty_moments, old))
         return y
 
