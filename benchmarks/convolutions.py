@@ -15,26 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from training_step import convolution, plain
+from training_step import convolution
 
 BATCH, ROUNDS = 128, 15
 SHAPES = ((32, 3, 16, 1), (32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1))
-WAYS = {
-    "JAX": (plain, {}),
-    "JAX, compiler options": (plain, convolution.CPU_OPTIONS),
-    "own rule, compiler options": (convolution.convolve, convolution.CPU_OPTIONS),
-}
+WAYS = {"JAX": convolution.plain, "own rule": convolution.convolve}
 
 
 def with_jax(way, x, kernel, stride):
-    function, options = WAYS[way]
-    run = jax.jit(partial(function, stride=stride), compiler_options=options)
+    function = WAYS[way]
+    run = jax.jit(partial(function, stride=stride))
     dy = run(x, kernel)
 
     def gradients(x, kernel, dy):
         return jax.vjp(partial(function, stride=stride), x, kernel)[1](dy)
 
-    back = jax.jit(gradients, compiler_options=options)
+    back = jax.jit(gradients)
     return (lambda: jax.block_until_ready(run(x, kernel))), (lambda: jax.block_until_ready(back(x, kernel, dy)))
 
 

@@ -37,7 +37,6 @@ import remedies
 import report
 import small_batch_record
 import steps
-from convolution import CPU_OPTIONS
 from small_batch_record import Network, Record
 
 import jbn
@@ -93,7 +92,6 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
     total = config.epochs * per_epoch
     mean, std = steps.channel_statistics(dataset.train_images)
     apply = partial(model.apply, depth=config.depth)
-    compiled = partial(jax.jit, compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None)
 
     def optimizer(remedy):
         rate = config.bare_rate if remedy == "scale_and_bias" else config.peak_rate
@@ -103,7 +101,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
         height, width, channels = images.shape[-3:]
         return images.reshape(-1, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
-    @partial(compiled, static_argnums=(0, 1), donate_argnums=2)
+    @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def train(remedy, size, carry, pixels, labels, key):
         keys = jax.random.split(jax.random.fold_in(key, carry.step), config.batch)
         inputs = halved(jax.vmap(steps.augment)(keys, (pixels - mean) / std))
@@ -123,7 +121,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
         params = optax.apply_updates(carry.params, updates)
         return steps.Carry(params, state, optimizer_state, carry.step + 1), value
 
-    @partial(compiled, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def correct(remedy, params, states, pixels, labels):
         def normalize(x, params, state, *, activation, **options):
             if remedies.RUNNING[remedy]:

@@ -5,8 +5,8 @@
 
 Forward, backward and SGD with momentum on one batch that stays on the device. "scale and bias" is the network of jbn
 without statistics: what is above it is the cost of batch normalization. The networks of jbn and of scale and bias have
-the example's convolution and its compiler options, which Flax's own modules do not; "jbn, plain convolution" has
-neither. "jbn, remat" keeps what convolutions give, and the moments. Steps in a new order every round; medians. Memory
+the example's convolution, which Flax's own modules do not; "jbn, plain convolution" has not either.
+"jbn, remat" keeps what convolutions give, and the moments. Steps in a new order every round; medians. Memory
 is what the compiler sets aside beside arguments and results.
 """
 
@@ -28,7 +28,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
-from jax import lax
 from rich.console import Console
 from rich.table import Table
 
@@ -57,37 +56,32 @@ def scale_and_bias(x, params, state, *, activation=None, **options):
     return y if activation is None else activation(y), state
 
 
-def plain(x, kernel, stride=1):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=convolution.DIMENSIONS)
-
-
 def with_flax(config):
     import flax_resnet
 
     params, _ = model.init(jax.random.key(0), config.depth)
-    return partial(flax_resnet.apply, depth=config.depth, train=True), *flax_resnet.convert(params), {}
+    return partial(flax_resnet.apply, depth=config.depth, train=True), *flax_resnet.convert(params)
 
 
 def with_jbn(config, convolve=convolution.convolve, remat=False, **options):
-    own = convolve is convolution.convolve and jax.default_backend() == "cpu"
     apply = partial(model.apply, depth=config.depth, train=True, convolve=convolve, **options)
     if remat:
         apply = jax.checkpoint(apply, policy=model.REMAT_POLICY)
-    return apply, *model.init(jax.random.key(0), config.depth), convolution.CPU_OPTIONS if own else {}
+    return apply, *model.init(jax.random.key(0), config.depth)
 
 
 NETWORKS = {
     "jbn": with_jbn,
     "flax": with_flax,
     "scale and bias": partial(with_jbn, normalize=scale_and_bias),
-    "jbn, plain convolution": partial(with_jbn, convolve=plain),
+    "jbn, plain convolution": partial(with_jbn, convolve=convolution.plain),
     "jbn, remat": partial(with_jbn, remat=True),
 }
 
 
 def compiled_step(name, config, images, labels):
     """A function that makes one step, and the MiB that the compiler sets aside."""
-    apply, params, state, options = NETWORKS[name](config)
+    apply, params, state = NETWORKS[name](config)
     optimizer = optax.sgd(0.1, momentum=0.9, nesterov=True)
 
     def train(params, state, moments):
@@ -101,7 +95,7 @@ def compiled_step(name, config, images, labels):
         return (optax.apply_updates(params, updates), after, moments), value
 
     carry = params, state, optimizer.init(params)
-    compiled = jax.jit(train, donate_argnums=(0, 1, 2), compiler_options=options).lower(*carry).compile()
+    compiled = jax.jit(train, donate_argnums=(0, 1, 2)).lower(*carry).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
 

@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import model
 import networks
 import numpy as np
-from convolution import CPU_OPTIONS
 from training_step import scale_and_bias
 
 import jbn
@@ -34,7 +33,7 @@ def jobs(folder, size: claim.Size) -> claim.Jobs:
         params, state = model.init(jax.random.key(0), DEPTH, width)
         images, labels = jnp.ones((batch, 32, 32, 3)), jnp.zeros(batch, jnp.int32)
 
-        @partial(jax.jit, compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None)
+        @jax.jit
         def gradient(params, state, images, labels):
             def loss(params):
                 logits, new = model.apply(params, state, images, depth=DEPTH, train=True, normalize=normalize)

@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# For `jax.jit(compiler_options=)` on CPUs: leave convolutions to XLA's own library, which is faster for these shapes
-# than the one that it hands them to by default; reductions stay with the latter.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-NARROW = 16  # outputs; where there are no more, two neighbours are computed as one with twice as many
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -24,10 +20,12 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     return _convolve(x, kernel + jnp.zeros_like(x, shape=kernel.shape, dtype=kernel.dtype), stride)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x, kernel, stride):
-    on_cpu, default = (partial(function, stride=stride) for function in (_on_cpu, _plain))
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
+def plain(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """The same with JAX's own derivative."""
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=DIMENSIONS)
+
+
+_convolve = jax.custom_vjp(plain, nondiff_argnums=(2,))
 
 
 def _forward(x, kernel, stride):
@@ -36,37 +34,15 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, kept, dy):
     def on_cpu(x, kernel, dy):
-        return _input_gradient(x, kernel, dy, stride), _weight_gradient(x, kernel, dy, stride)
+        return jax.vjp(lambda x: plain(x, kernel, stride), x)[1](dy)[0], _weight_gradient(x, kernel, dy, stride)
 
     def default(x, kernel, dy):
-        return jax.vjp(partial(_plain, stride=stride), x, kernel)[1](dy)
+        return jax.vjp(partial(plain, stride=stride), x, kernel)[1](dy)
 
     return lax.platform_dependent(*kept, dy, cpu=on_cpu, default=default)
 
 
 _convolve.defvjp(_forward, _backward)
-
-
-def _plain(x, kernel, stride):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=DIMENSIONS)
-
-
-def _on_cpu(x, kernel, stride):
-    outputs = kernel.shape[3]
-    if outputs > NARROW or stride != 1 or x.shape[2] % 2:
-        return _plain(x, kernel, stride)
-    # The left of two neighbours sees all but the last column of a kernel that is wider by one, the right all but the
-    # first: [.., width / 2, 2 * outputs] lies in memory as [.., width, outputs] does.
-    left, right = (jnp.pad(kernel, ((0, 0), columns, (0, 0), (0, 0))) for columns in ((0, 1), (1, 0)))
-    both = jnp.concatenate([left, right], -1)
-    pairs = lax.conv_general_dilated(x, both, (1, 2), _padding(x, kernel, 1), dimension_numbers=DIMENSIONS)
-    return pairs.reshape(*x.shape[:3], outputs)
-
-
-def _input_gradient(x, kernel, dy, stride):
-    if stride == 1 and all(size % 2 for size in kernel.shape[:2]):
-        return _on_cpu(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1)
-    return jax.vjp(lambda x: _plain(x, kernel, stride), x)[1](dy)[0]
 
 
 def _weight_gradient(x, kernel, dy, stride):
@@ -75,8 +51,9 @@ def _weight_gradient(x, kernel, dy, stride):
 
     always = dy.ravel()[0] * 0 != 1  # for NaN too, and the compiler cannot know
     images = lax.cond(always, exchange, lambda x: jnp.zeros_like(exchange(x)), x)
+    padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
     # dy slides over x as a kernel with holes, as far as there are weights.
-    sizes = zip(_padding(x, kernel, stride), x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True)
+    sizes = zip(padding, x.shape[1:3], dy.shape[1:3], kernel.shape[:2], strict=True)
     padding = [(low, weights + (reach - 1) * stride - size - low) for (low, _), size, reach, weights in sizes]
     gradient = lax.conv_general_dilated(
         images,
@@ -87,7 +64,3 @@ def _weight_gradient(x, kernel, dy, stride):
         dimension_numbers=DIMENSIONS,
     )
     return gradient.transpose(1, 2, 0, 3)
-
-
-def _padding(x, kernel, stride):
-    return lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from convolution import CPU_OPTIONS
 from jax import lax
 from jax.sharding import PartitionSpec
 from model import REMAT_POLICY
@@ -159,7 +158,6 @@ def make_steps(
     forward = partial(apply, train=True, axis_name=AXIS)
     if remat:
         forward = jax.checkpoint(forward, policy=REMAT_POLICY)
-    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
 
     def on_mesh(step, others):
         specs = (REPLICATED, REPLICATED, SHARDED, *[REPLICATED] * others)
@@ -188,7 +186,7 @@ def make_steps(
         carry = Carry(params, state, optimizer_state, carry.step + 1, average)
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
-    @partial(jax.jit, static_argnums=5, donate_argnums=(0, 1), compiler_options=options)
+    @partial(jax.jit, static_argnums=5, donate_argnums=(0, 1))
     def train(carry, totals, images, order, key, count):
         def several(carry, totals, images, order, key):
             def one(moving, _):
@@ -200,7 +198,7 @@ def make_steps(
 
         return on_mesh(several, 2)(carry, totals, images, order, key)
 
-    @partial(jax.jit, donate_argnums=1, compiler_options=options)
+    @partial(jax.jit, donate_argnums=1)
     @partial(on_mesh, others=2)
     def evaluate(carry, totals, images, first, end):
         valid = first + positions() < end

@@ -26,7 +26,7 @@ def pullback(function, x, kernel, dy):
 def test_value_and_gradients(window):
     """Of all strides, sizes and numbers of outputs, in one program for each of the two."""
     cases, operands = [], []
-    for stride, (size, outputs) in product((1, 2, 3), (((6, 8), 4), ((7, 5), 4), ((6, 8), convolution.NARROW + 1))):
+    for stride, (size, outputs) in product((1, 2, 3), (((6, 8), 4), ((7, 5), 4), ((6, 8), 17))):
         shapes = (2, *size, 3), (*window, 3, outputs), (2, *(-(-length // stride) for length in size), outputs)
         cases.append((stride, size, outputs))
         operands.append([RANDOM.standard_normal(shape).astype(np.float32) for shape in shapes])

@@ -11,7 +11,6 @@ import model
 import numpy as np
 import optax
 import pytest
-from convolution import CPU_OPTIONS
 
 import jbn
 
@@ -35,7 +34,7 @@ def compiled(normalize):
         logits, after = model.apply(params, state, images, depth=8, train=True, normalize=normalize)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), after
 
-    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=CPU_OPTIONS).lower(params).compile()
+    return jax.jit(jax.grad(loss, has_aux=True)).lower(params).compile()
 
 
 def test_memory_and_its_traffic():
