@@ -4,10 +4,11 @@ VENV ?= .venv
 ARGS ?=
 VERSIONS ?=
 TESTS ?=
+BASE ?= main
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test quick peers lint format docs dist wheel bench clean runs same
+.PHONY: help train test quick peers lint format docs dist wheel bench clean runs agree same
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -49,6 +50,9 @@ wheel: runs dist ## Test the wheel with jax alone, from another folder, 6 min; V
 bench: $(VENV)/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
 	$(BIN)/python benchmarks $(ARGS)
 
+same: $(VENV)/.test ## Compare what this tree computes, says and compiles to with a git revision, 2 min: BASE=main ARGS="--help"
+	$(BIN)/python benchmarks/same.py $(BASE) $(ARGS)
+
 clean: ## Remove the environment and what was built
 	rm -rf $(VENV) site dist
 
@@ -62,11 +66,11 @@ $(BIN)/python: | runs
 # A PYTHON that is given has to be the one of the environment. That of `make wheel` has an environment of its own.
 GIVEN := $(if $(filter wheel,$(MAKECMDGOALS)),,$(filter-out file,$(origin PYTHON)))
 
-same: | runs $(BIN)/python
+agree: | runs $(BIN)/python
 	@version='import sys; print("Python %d.%d" % sys.version_info[:2])'; \
 	asked=$$($(PYTHON) -c "$$version"); there=$$($(BIN)/python -c "$$version"); [ "$$asked" = "$$there" ] || { \
 	echo "$(VENV) has $$there, and $(PYTHON) is $$asked. Beside it: make VENV=.venv-$${asked#Python } PYTHON=$(PYTHON) ...; in its place: make clean first." >&2; exit 1; }
 
-$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python $(if $(GIVEN),same)
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python $(if $(GIVEN),agree)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -16,7 +16,10 @@ import pytest
 
 import jbn
 
-LAYERS = {"flax": ("_flax", "linen", "nnx"), "equinox": ("equinox",)}  # which cannot be imported without these
+LAYERS = {
+    "flax": ("_libraries/flax", "linen", "nnx"),
+    "equinox": ("equinox",),
+}  # which cannot be imported without these
 collect_ignore = [
     f"jbn/{name}.py" for needed, names in LAYERS.items() if not importlib.util.find_spec(needed) for name in names
 ]

@@ -14,12 +14,12 @@ of devices (`axis_name`). `help(jbn.batch_norm)` has the formula, every argument
 """
 
 from jbn._batch_norm import batch_norm
-from jbn._drift import Drift, drift
 from jbn._fold import fold, fold_into
-from jbn._measure import moments
-from jbn._merge import merge, merge_states
+from jbn._merge_states import merge_states
+from jbn._moments import merge, moments
+from jbn._networks.drift import Drift, drift
+from jbn._networks.recalibrate import recalibrate
 from jbn._normalize import normalize_batch, normalize_running
-from jbn._recalibrate import recalibrate
 from jbn._renorm import batch_renorm, renorm_limits
 from jbn._start import empty_moments, init
 from jbn._types import Moments, Params, State

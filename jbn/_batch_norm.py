@@ -1,18 +1,17 @@
 """The everyday composition: normalize, and in training move the running statistics."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import jax
 from jax.typing import ArrayLike
 
-from jbn._check import check_batch, check_decay, check_train
-from jbn._fields import check_fields, features_of
-from jbn._measure import moments
-from jbn._measuring import held_by
-from jbn._normalize import normalize_batch, normalize_running
-from jbn._types import Carried, Moments, Params, State, sound
-from jbn._update import advance
+from jbn._core.affine import Standardize
+from jbn._core.batch import Batch
+from jbn._core.normalize import by_given, train_step
+from jbn._door.batch import check_activation, check_batch, check_more_than_one
+from jbn._door.fields import check_carried, check_fields, check_given
+from jbn._door.numbers import check_decay, check_epsilon, check_train
+from jbn._types import Carried, Moments, Params
 
 
 def batch_norm(
@@ -96,24 +95,30 @@ def batch_norm(
       [4.5, 5.5, 6.5]
     """
     check_train(train)
-    check_decay(decay)
-    options = {"feature_axis": feature_axis, "weights": weights}
-    pooling = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    if train:
+        batch = check_batch(x, feature_axis, weights, axis_name, axis_index_groups, groups, interleaved)
+    else:
+        batch = check_batch(x, feature_axis, weights)
+    numbers = {"decay": decay, "epsilon": epsilon, "unbiased": unbiased}
+    return normalize(batch, params, state, train=train, activation=activation, **numbers)
+
+
+def normalize(
+    batch: Batch, params: Params, state: Carried, *, train: bool, activation, decay, epsilon, unbiased, correct=None
+) -> tuple[jax.Array, Carried]:
+    """`batch_norm` of a batch that has been checked; `correct(rule, state)` is what a variant makes of its rule."""
     if not train and isinstance(state, Moments):
         raise TypeError(
             "state is a Moments, which accumulates in training; to evaluate make a state of it, such as "
             "jbn.update(state, moments, decay=0.0)."
         )
-    held = held_by(state)
-    if not train or (held and held.given):
-        y = normalize_running(x, params, cast(State, state), epsilon=epsilon, activation=activation, **options)
-        return y, advance(state, moments(x, **options, **pooling), unbiased=unbiased) if train else state
-    options |= pooling | {"epsilon": epsilon, "groups": groups, "interleaved": interleaved, "activation": activation}
-    if held or isinstance(state, Moments):
-        y, measured = normalize_batch(x, params, **options)
-        return y, advance(state, measured, unbiased=unbiased)
-    x, _, axes = check_batch(x, feature_axis, weights)
-    params = check_fields("params", params, Params, features_of(x, axes))
-    center = sound(check_fields("state", state, State, features_of(x, axes))).mean
-    y, measured = normalize_batch(x, params, center=center, **options)
-    return y, advance(state, measured, decay=decay, unbiased=unbiased, centered=True)
+    check_decay(decay)
+    features = batch.features
+    rule = Standardize(check_fields("params", params, Params, features), check_epsilon(epsilon, features.dtype))
+    check_activation(activation, batch)
+    if not train:
+        return by_given(batch, rule, check_given(state, features), activation), state
+    check_more_than_one(batch)
+    carried = check_carried(state, features)
+    rule = correct(rule, carried) if correct else rule
+    return train_step(batch, rule, carried, activation, decay=decay, unbiased=unbiased)

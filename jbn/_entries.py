@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._check import statistics_dtype
-from jbn._fields import check_fields, features_of
-from jbn._types import Params, State
+from jbn._core.batch import features_of
+from jbn._door.fields import check_fields
+from jbn._types import Params, State, statistics_dtype
 
 
 def pick(source, entries, required, optional, hint="", ignored=()) -> dict[str, np.ndarray]:

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbn._affine import standardize
-from jbn._check import as_floating, check_epsilon, reduced_axes, statistics_dtype
-from jbn._fields import check_fields, features_of
-from jbn._types import Moments, Params, State
+from jbn._core.affine import Standardize
+from jbn._core.batch import features_of
+from jbn._door.batch import reduced_axes
+from jbn._door.fields import check_fields
+from jbn._door.numbers import as_floating, check_epsilon
+from jbn._types import Moments, Params, State, statistics_dtype
 
 
 def fold(params: Params, state: State, *, epsilon: float | jax.Array = 1e-5) -> tuple[jax.Array, jax.Array]:
@@ -103,10 +105,9 @@ def fold_into(
 
 def _map(params: Params, state: State, features, epsilon):
     """Mean, slope and bias of y = (x - mean) * slope + bias."""
-    check_epsilon(epsilon)
     params = check_fields("params", params, Params, features)
     dtype = statistics_dtype(*(leaf.dtype for leaf in jax.tree.leaves((params, state))))
-    mean, var = state.mean.astype(dtype), jnp.asarray(state.var).astype(dtype)
+    mean, var = state.mean.astype(dtype), state.var.astype(dtype)
     given = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean), jnp.ones(()))
-    _, _, slope, bias = standardize(given, params, jnp.asarray(epsilon, dtype))
+    _, _, slope, bias = Standardize(params, check_epsilon(epsilon, dtype))(given)
     return mean, slope, bias

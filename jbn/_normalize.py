@@ -1,28 +1,15 @@
 """Normalize a batch by given statistics: its own, with their derivative, or the running ones."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._affine import affine, normalize_by_given, standardize
-from jbn._check import (
-    check_activation,
-    check_batch,
-    check_epsilon,
-    check_groups,
-    check_more_than_one,
-    statistics_dtype,
-)
-from jbn._fields import check_center, check_fields, features_of
-from jbn._layout import automatically, everywhere, layout_of
-from jbn._measure import named_moments, remat, select, settled
-from jbn._measuring import held_by
-from jbn._merge import combine
-from jbn._pool import check_pool
+from jbn._core.affine import Standardize
+from jbn._core.normalize import by_batch, by_given
+from jbn._door.batch import check_activation, check_batch, check_more_than_one
+from jbn._door.fields import check_center, check_fields, check_given
+from jbn._door.numbers import check_epsilon
 from jbn._types import Moments, Params, State
 
 
@@ -90,20 +77,12 @@ def normalize_batch(
       >>> y.round(3).tolist(), moments.mean.tolist(), moments.var.tolist()
       ([[-1.0], [1.0]], [2.0], [1.0])
     """
-    x, weights, axes = check_batch(x, feature_axis, weights)
-    pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
-    params = check_fields("params", params, Params, features)
-    center = check_center(center, features, pool)
-    check_epsilon(epsilon)
-    check_activation(activation, x)
-    groups = check_groups(groups, x, axes)
-    check_more_than_one(x, axes, pool, groups)
-    operands = x, weights, center, params, jnp.asarray(epsilon, features.dtype)
-    if groups == 1:
-        y, measured = normalize_by_batch(axes, pool, standardize, activation, *operands)
-    else:
-        y, measured = _in_groups(axes, pool, groups, interleaved, activation, *operands)
-    return y, settled(measured)
+    batch = check_batch(x, feature_axis, weights, axis_name, axis_index_groups, groups, interleaved)
+    params, center = check_fields("params", params, Params, batch.features), check_center(center, batch)
+    rule = Standardize(params, check_epsilon(epsilon, batch.features.dtype))
+    check_activation(activation, batch)
+    check_more_than_one(batch)
+    return by_batch(batch, center, rule, activation)
 
 
 def normalize_running(
@@ -153,59 +132,8 @@ def normalize_running(
       >>> jbn.normalize_running(jnp.array([[4.0]]), params, state).round(3).tolist()
       [[1.0]]
     """
-    if held := held_by(state):
-        state = held.given or State(state.mean, state.var)
-    x, weights, axes = check_batch(x, feature_axis, weights)
-    features = features_of(x, axes)
-    params = check_fields("params", params, Params, features)
-    check_epsilon(epsilon)
-    check_activation(activation, x)
-    if isinstance(state, Moments):
-        given = check_fields("state", state, Moments, features)
-    else:
-        mean, var, _ = lax.stop_gradient(check_fields("state", state, State, features))
-        given = Moments(jnp.ones(()), mean, var, jnp.zeros_like(mean))
-    given = jax.tree.map(lambda field: field.astype(features.dtype), given)
-    coefficients = standardize(given, params, jnp.asarray(epsilon, features.dtype))
-    return normalize_by_given(axes, activation, x, weights, coefficients)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # traced once for all layers of one shape
-def normalize_by_batch(axes, pool, coefficients: Callable, activation: Callable | None, x, weights, center, *operands):
-    """`y` by the affine map of `coefficients(measured, *operands)`, and what was measured of `x` [...]."""
-
-    def run(x, weights, center, *operands):
-        wide = x.astype(statistics_dtype(x.dtype))  # once, so that the gradient of a narrower x is rounded once
-        measured = named_moments(axes, pool, wide, weights, center)
-        return affine(axes, activation, wide, weights, coefficients(measured, *operands)).astype(x.dtype), measured
-
-    return remat(run)(x, weights, center, *operands)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _in_groups(
-    axes, pool, groups: int, interleaved: bool, activation, x, weights, *operands
-) -> tuple[jax.Array, Moments]:
-    """`normalize_by_batch` for every group of axis 0 on its own.
-
-    Groups are contiguous parts; with `interleaved` row i belongs to group i mod groups. The moments are those of all.
-    """
-    rule = partial(normalize_by_batch, axes, pool, standardize, activation)
-    axis = 1 if interleaved else 0
-
-    def cut(values):
-        each = values.shape[0] // groups
-        return jnp.reshape(values, ((each, groups) if interleaved else (groups, each)) + values.shape[1:])
-
-    def run(x, weights, *operands):
-        shared = weights is None or weights.shape[0] == 1  # one weight for all rows
-        each = jax.vmap(rule, (axis, None if shared else axis, *[None] * len(operands)), (axis, 0))
-        # What is cut is kept for the backward pass: JAX would find a masked NaN in there, where it is told to look.
-        y, measured = each(cut(select(weights, x)), weights if shared else cut(weights), *operands)
-        return jnp.reshape(y, x.shape), *combine(measured)
-
-    count = features = layout_of(x, axes)
-    if features and (weights is None or all(weights.shape[axis] == 1 for axis in range(x.ndim) if axis not in axes)):
-        count = everywhere(features)
-    y, *fields = automatically(run, layout_of(x), count, *[features] * 3, count)(x, weights, *operands)
-    return y, Moments(*fields)
+    batch = check_batch(x, feature_axis, weights)
+    params = check_fields("params", params, Params, batch.features)
+    rule = Standardize(params, check_epsilon(epsilon, batch.features.dtype))
+    check_activation(activation, batch)
+    return by_given(batch, rule, check_given(state, batch.features), activation)

@@ -1,30 +1,20 @@
 """Batch renormalization: batch normalization with another scale and bias, drawn from the running statistics."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jbn._affine import Affine, standardize
-from jbn._batch_norm import batch_norm
-from jbn._check import (
-    check_activation,
-    check_batch,
-    check_decay,
-    check_epsilon,
-    check_limit,
-    check_more_than_one,
-    check_train,
-)
-from jbn._fields import check_center, check_fields, features_of
-from jbn._measure import settled
-from jbn._measuring import held_by
-from jbn._normalize import normalize_by_batch
-from jbn._pool import check_pool
+from jbn._batch_norm import normalize
+from jbn._core.affine import Affine, Rule, Standardize
+from jbn._core.held import Held
+from jbn._door.batch import check_batch
+from jbn._door.fields import check_fields
+from jbn._door.numbers import check_limit, check_train
 from jbn._types import Moments, Params, State, sound
-from jbn._update import advance
 
 
 def batch_renorm(
@@ -90,52 +80,46 @@ def batch_renorm(
       [[0.0], [1.0]]
     """
     check_train(train)
-    check_decay(decay)
     check_limit("r_max", r_max, 1)
     check_limit("d_max", d_max, 0)
     if r_min is not None:
         check_limit("r_min", r_min, 0, 1)
-    if not train or held_by(state):
-        return batch_norm(
-            x,
-            params,
-            state,
-            train=train,
-            epsilon=epsilon,
-            feature_axis=feature_axis,
-            weights=weights,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            unbiased=unbiased,
-            activation=activation,
-        )
-    x, weights, axes = check_batch(x, feature_axis, weights)
-    pool, features = check_pool(axis_name, axis_index_groups), features_of(x, axes)
-    params = check_fields("params", params, Params, features)
-    running = sound(check_fields("state", state, State, features))
-    check_epsilon(epsilon)
-    check_activation(activation, x)
-    check_more_than_one(x, axes, pool)
-    dtype = features.dtype
-    running = lax.stop_gradient(jax.tree.map(lambda field: field.astype(dtype), running))
-    center = check_center(running.mean, features, pool)
-    r_min = 1 / jnp.asarray(r_max, dtype) if r_min is None else r_min
-    operands = params, *(jnp.asarray(value, dtype) for value in (epsilon, r_min, r_max, d_max)), running
-    y, measured = normalize_by_batch(axes, pool, _corrected, activation, x, weights, center, *operands)
-    return y, advance(state, settled(measured), decay=decay, unbiased=unbiased, centered=True)
+    pooling = (axis_name, axis_index_groups) if train else (None, None)
+    batch = check_batch(x, feature_axis, weights, *pooling)
+    features, dtype = batch.features, batch.features.dtype
+    r_max, d_max = (jnp.asarray(limit, dtype) for limit in (r_max, d_max))
+    r_min = 1 / r_max if r_min is None else jnp.asarray(r_min, dtype)
+
+    def correct(rule: Standardize, carried) -> Rule:
+        if isinstance(carried, Held):
+            return rule
+        return Corrected(rule, r_min, r_max, d_max, sound(check_fields("state", carried, State, features)))
+
+    numbers = {"decay": decay, "epsilon": epsilon, "unbiased": unbiased}
+    return normalize(batch, params, state, train=train, activation=activation, **numbers, correct=correct)
 
 
-def _corrected(measured: Moments, params: Params, epsilon, r_min, r_max, d_max, running: State) -> Affine:
-    """The coefficients of `standardize` for params that r and d are part of."""
-    spread, apart = running.var + epsilon, measured.mean - running.mean + measured.mean_low
-    usable = (running.weight > 0) & (spread > 0)  # selected rather than multiplied: what is not used may be infinite
-    spread = jnp.where(usable, spread, jnp.ones_like(spread))
-    r = jnp.clip(jnp.sqrt((measured.var + epsilon) / spread), r_min, r_max)
-    d = jnp.clip(apart / jnp.sqrt(spread), -d_max, d_max)
-    r, d = lax.stop_gradient((jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))))
-    scale = jnp.ones_like(r) if params.scale is None else params.scale.astype(r.dtype)
-    bias = jnp.zeros_like(d) if params.bias is None else params.bias.astype(d.dtype)
-    return standardize(measured, Params(scale * r, scale * d + bias), epsilon)
+class Corrected(NamedTuple):
+    """The map of `Standardize` for params that r and d are part of."""
+
+    standard: Standardize
+    r_min: jax.Array
+    r_max: jax.Array
+    d_max: jax.Array
+    running: State
+
+    def __call__(self, measured: Moments) -> Affine:
+        (scale, bias), epsilon = self.standard
+        mean, var, weight = (lax.stop_gradient(jnp.astype(field, measured.var.dtype)) for field in self.running)
+        spread, apart = var + epsilon, measured.mean - mean + measured.mean_low
+        usable = (weight > 0) & (spread > 0)  # selected rather than multiplied: what is not used may be infinite
+        spread = jnp.where(usable, spread, jnp.ones_like(spread))
+        r = jnp.clip(jnp.sqrt((measured.var + epsilon) / spread), self.r_min, self.r_max)
+        d = jnp.clip(apart / jnp.sqrt(spread), -self.d_max, self.d_max)
+        r, d = lax.stop_gradient((jnp.where(usable, r, jnp.ones_like(r)), jnp.where(usable, d, jnp.zeros_like(d))))
+        scale = jnp.ones_like(r) if scale is None else scale.astype(r.dtype)
+        bias = jnp.zeros_like(d) if bias is None else bias.astype(d.dtype)
+        return Standardize(Params(scale * r, scale * d + bias), epsilon)(measured)
 
 
 def renorm_limits(

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jbn._check import check_features, statistics_dtype
-from jbn._fields import check_states
-from jbn._types import Moments, Params, State, is_state
+from jbn._core.running import empty
+from jbn._door.fields import check_states
+from jbn._door.numbers import check_features
+from jbn._types import Params, State, is_state, statistics_dtype
 
 
 def init(
@@ -78,10 +79,5 @@ def empty_moments(states: Any) -> Any:
       ([3.0, 3.0], [3.0, 30.0])
     """
 
-    def empty(state):
-        if not is_state(state):
-            return state
-        like = state.mean
-        return Moments(*(jnp.zeros_like(like, statistics_dtype(like.dtype)) for _ in Moments._fields))
-
-    return jax.tree.map(empty, check_states("states", states), is_leaf=is_state)
+    states = check_states("states", states)
+    return jax.tree.map(lambda state: empty(state) if is_state(state) else state, states, is_leaf=is_state)

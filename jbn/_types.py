@@ -68,6 +68,17 @@ class Moments(NamedTuple):
 for _kind in (Params, State, Moments):
     jax.export.register_namedtuple_serialization(_kind, serialized_name=f"jbn.{_kind.__name__}")
 
+
+def statistics_dtype(*dtypes) -> jnp.dtype:
+    """float64 where one of `dtypes` is, else float32."""
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
+
+
+def nonzero(count):
+    """`count` as a divisor: sums over nothing are 0 and stay so."""
+    return jnp.where(count > 0, count, jnp.ones_like(count))
+
+
 Carried = TypeVar("Carried", bound=State | Moments)  # what a layer hands on from one step to the next
 
 

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jbn._door.fields import check_fields
 from jbn._entries import as_entry, assemble, check_decay, check_steps, entries_of, listed, pick, steps_of
-from jbn._fields import check_fields
 from jbn._types import Params, State
 
 TORCH = ("weight", "bias", "running_mean", "running_var")  # scale, bias, mean, var

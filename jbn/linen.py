@@ -26,12 +26,11 @@ try:
 except ImportError as error:
     raise ImportError("jbn.linen needs Flax: pip install 'jbn[flax]'") from error
 
-from jbn._check import statistics_dtype
-from jbn._flax import normalize, prepare, state_of, weight_of
-from jbn._measure import moments
-from jbn._merge import merge
-from jbn._start import empty_moments
-from jbn._types import Params, State, sound
+from jbn._core.measure import moments_of
+from jbn._core.merge import merged
+from jbn._core.running import empty
+from jbn._libraries.flax import prepare, state_of, weight_of
+from jbn._types import Params, State, sound, statistics_dtype
 
 
 class BatchNorm(nn.BatchNorm):
@@ -101,23 +100,25 @@ class BatchNorm(nn.BatchNorm):
         """
         evaluate = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         train = not evaluate and not self.is_initializing()
-        call = prepare(self, x, mask)
+        call = prepare(self, x, mask, train=train)
+        features = call.batch.features.shape
         fresh = self.debias and not self.has_variable("batch_stats", "mean")
         starts = {"mean": jnp.zeros, "var": jnp.ones}
         if fresh or self.has_variable("batch_stats", "weight"):
             starts["weight"] = jnp.zeros
         dtype = statistics_dtype(self.param_dtype)
-        running = {name: self.variable("batch_stats", name, of, call.features, dtype) for name, of in starts.items()}
-        scale = self.param("scale", self.scale_init, call.features, self.param_dtype) if self.use_scale else None
-        bias = self.param("bias", self.bias_init, call.features, self.param_dtype) if self.use_bias else None
+        running = {name: self.variable("batch_stats", name, of, features, dtype) for name, of in starts.items()}
+        scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         old = state_of(**{name: variable.value for name, variable in running.items()})
-        y, new = normalize(self, call, Params(scale, bias), old, train=train)
+        y, new = call.normalize(self, Params(scale, bias), old)
         if train:
             for name, value in batch_stats(new, like=running).items():
                 running[name].value = jnp.asarray(value)
             if self.is_mutable_collection("moments"):
-                measured = moments(call.x, center=sound(old).mean, **call.options)
-                self.sow("moments", "moments", measured, reduce_fn=merge, init_fn=partial(empty_moments, old))
+                center = sound(old).mean.astype(call.batch.features.dtype)
+                measured = moments_of(call.batch, call.batch.pool.agreed(jax.lax.stop_gradient(center)))
+                self.sow("moments", "moments", measured, reduce_fn=merged, init_fn=partial(empty, old))
         return y
 
 

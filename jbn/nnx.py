@@ -27,8 +27,8 @@ try:
 except ImportError as error:
     raise ImportError("jbn.nnx needs Flax: pip install 'jbn[flax]'") from error
 
-from jbn._flax import normalize, prepare, state_of, weight_of
-from jbn._measuring import held_by
+from jbn._core.held import held_by
+from jbn._libraries.flax import prepare, state_of, weight_of
 from jbn._types import Params, State
 
 
@@ -112,15 +112,16 @@ class BatchNorm(nnx.BatchNorm):
                 "use_running_average is None in the constructor and in the call; expected a bool in one of them: call "
                 "model.train() or model.eval(), or pass it, also by nnx.view."
             )
-        call = prepare(self, x, mask)
+        call = prepare(self, x, mask, train=not evaluate)
         kept = self.mean[...].shape
-        features = call.features if math.prod(call.features) == math.prod(kept) else kept  # or jbn tells of the shapes
+        features = call.batch.features.shape
+        features = features if math.prod(features) == math.prod(kept) else kept  # or jbn tells of the shapes
 
         def shaped(fields, old, new):  # what `recalibrate` holds in a weight comes behind the features
             return jax.tree.map(lambda field: jnp.reshape(field, new + field.shape[len(old) :]), fields)
 
         params = shaped(Params(_value(self.scale), _value(self.bias)), kept, features)
-        y, state = normalize(self, call, params, shaped(_state(self), kept, features), train=not evaluate)
+        y, state = call.normalize(self, params, shaped(_state(self), kept, features))
         if not evaluate:
             _set(self, shaped(state, features, kept))
         return y

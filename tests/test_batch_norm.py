@@ -30,8 +30,8 @@ def assert_same(got, expected):
 def test_training_is_normalize_batch_and_update(options, unbiased):
     y, state = jbn.batch_norm(sample(), PARAMS, STATE, train=True, decay=0.7, unbiased=unbiased, **options)
     expected, measured = jbn.normalize_batch(sample(), PARAMS, center=STATE.mean, **options)
-    assert_same(y, expected)
-    # Two programs, in which a multiply-add may be rounded once or twice.
+    # Two programs, in which a multiply-add may be rounded once or twice; the numbers of y are up to 8.
+    assert_allclose(y, expected, rtol=3e-7, atol=5e-7)
     after = jbn.update(STATE, measured, decay=0.7, unbiased=unbiased)
     jax.tree.map(partial(assert_allclose, rtol=3e-7), state, after)
 

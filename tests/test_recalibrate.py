@@ -523,7 +523,7 @@ def test_a_state_at_several_depths_settles():
 
 
 def test_what_does_not_settle_says_so(monkeypatch):
-    monkeypatch.setattr(jbn._recalibrate, "TIED", 3)
+    monkeypatch.setattr("jbn._networks.recalibrate.TIED", 3)
     params, fresh = jbn.init(4)
     with pytest.warns(UserWarning, match="used several times in one call of apply has not settled in 3 passes"):
         jbn.recalibrate(tied, params, fresh, TIED_BATCHES)

@@ -1,45 +1,26 @@
 """Checks at the door of values for each feature: params, states, moments and centers, as arrays that fit the batch."""
 
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
 from jax.tree_util import keystr
 
-from jbn._check import as_floating, known, statistics_dtype
-from jbn._layout import layout_of, lie
-from jbn._measuring import held_by
-from jbn._pool import varying
-from jbn._types import Moments, Params, State, is_state
-
-
-class Features(NamedTuple):
-    """What a value for each feature looks like."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype  # of statistics
-    layout: NamedSharding | None
-    source: tuple[int, ...]  # the shape of what they are the features of
-    name: str = "x"  # of that
-    option: str = "feature_axis"  # which says along which axes they lie
-
-
-def features_of(x, axes=()) -> Features:
-    """The features of `x` [...], where `axes` are reduced."""
-    shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
-    return Features(shape, statistics_dtype(x.dtype), layout_of(x, axes), x.shape)
-
+from jbn._core.batch import Batch, Features, features_of
+from jbn._core.held import Held, held_by
+from jbn._core.layout import lie
+from jbn._door.numbers import as_floating, known
+from jbn._types import Moments, Params, State, is_state, statistics_dtype
 
 Kind = TypeVar("Kind", bound=Params | State | Moments)
 
 
-def check_fields(name, value, kind: type[Kind], features: Features | None = None) -> Kind:
+def check_fields(name, value, kind: type[Kind], features: Features | None = None, *, stay: bool = False) -> Kind:
     """`value`, a `kind` (`Params`, `State` or `Moments`), as arrays with a value for each feature; a scalar is for all.
 
-    Without `features` they are those of its own fields.
+    Without `features` they are those of its own fields. On an explicit mesh they lie as these do, or `stay`.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {_named(value)}; expected a jbn.{kind.__name__}. {_way_to(kind, name, value)}")
@@ -47,15 +28,33 @@ def check_fields(name, value, kind: type[Kind], features: Features | None = None
     if isinstance(value, Moments) and value.squares is None:
         given["squares"] = value.count
     arrays = {field: _check_field(f"{name}.{field}", of_field, kind) for field, of_field in given.items()}
-    if features is None:
-        features = features_of(max((array for array in arrays.values() if array is not None), key=jnp.ndim))
+    widest = features_of(
+        max((array for array in arrays.values() if array is not None), key=jnp.ndim, default=np.zeros(()))
+    )
+    features = widest if features is None else features
+    layout = widest.layout if stay and widest.shape == features.shape else features.layout
     for field, array in arrays.items():
         if array is None or (field in ("count", "squares") and array.ndim == 0):
             continue
         if array.shape not in ((), features.shape):
             raise ValueError(f"{name}.{field} has shape {list(array.shape)}; {_expected(array.shape, features)}")
-        arrays[field] = lie(jnp.broadcast_to(array, features.shape), features.layout)
+        arrays[field] = lie(jnp.broadcast_to(array, features.shape), layout)
     return kind(**cast(dict[str, Any], arrays))
+
+
+def check_carried(state, features: Features | None = None) -> State | Moments | Held:
+    """`state`, or the `Moments` in its place, or what it holds while a network is measured; it lies as it did."""
+    if held := held_by(state):
+        of = {field: getattr(held, field) for field in ("seen", "moments", "running")}
+        return held._replace(**{field: check_fields("state", part, type(part), features) for field, part in of.items()})
+    kind = Moments if isinstance(state, Moments) else State
+    return check_fields("state", state, kind, features, stay=True)
+
+
+def check_given(state, features: Features) -> State | Moments:
+    """The statistics that evaluation by `state` normalizes by."""
+    carried = check_carried(state, features)
+    return (carried.given or carried.seen) if isinstance(carried, Held) else carried
 
 
 def check_states(name, states):
@@ -143,11 +142,11 @@ def _about(name) -> str:
     )
 
 
-def check_center(center, features: Features, pool) -> jax.Array | None:
+def check_center(center, batch: Batch) -> jax.Array | None:
     """`center` with a value for each feature, the same on all devices of the pool as far as JAX's types tell."""
     if center is None:
         return None
-    array = as_floating("center", center)
+    array, features = as_floating("center", center), batch.features
     if array.shape not in ((), features.shape):
         raise ValueError(
             f"center has shape {list(array.shape)}; expected {list(features.shape)}, a value for each feature of x "
@@ -156,6 +155,4 @@ def check_center(center, features: Features, pool) -> jax.Array | None:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"center is {array.dtype}; expected a floating-point type.")
     array = jnp.where(jnp.isfinite(array), array, jnp.zeros_like(array)).astype(features.dtype)
-    array = lie(jnp.broadcast_to(array, features.shape), features.layout)
-    differing = tuple(name for name in pool.names if name in varying(array))
-    return lax.stop_gradient(lax.pmean(array, differing) if differing else array)
+    return lax.stop_gradient(batch.pool.agreed(lie(jnp.broadcast_to(array, features.shape), features.layout)))

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jbn._fields import check_states
-from jbn._survey import program, survey
+from jbn._core.running import advance
+from jbn._door.fields import check_states
+from jbn._networks.survey import program, survey
 from jbn._types import State, is_state
-from jbn._update import update
 
 States = TypeVar("States")
 TIED = 100  # passes, where one state is used several times in a call
@@ -105,7 +105,7 @@ def recalibrate(
             raise ValueError(f"pass {number} found no batches: what batches gives must start anew each time.")
         if measured is None:
             break
-        states, same, tied = _replace(states, *measured, unbiased)
+        states, same, tied = _replace(states, measured, unbiased)
         settled, unbounded = number > 1 and bool(same), passes is None and bool(tied)
         last = max(layers, TIED) if unbounded else last
     if unbounded and not settled:
@@ -117,20 +117,20 @@ def recalibrate(
     return states
 
 
-@partial(jax.jit, static_argnums=3)
-def _replace(states, totals, found, unbiased):
+@partial(jax.jit, static_argnums=2)
+def _replace(states, totals, unbiased):
     """The states that were found, whether they are the old ones to rounding, and whether one was used several times."""
     settled, tied = [], []
 
-    def replaced(state, total, seen):
+    def replaced(state, total):
         if not is_state(state):
             return state
         tied.append(jnp.any(total.calls > 1))
-        new = update(state, total.moments, decay=0.0, unbiased=unbiased is not False)
-        new = new if unbiased is not None else State(seen.mean, seen.var, new.weight)
+        new = advance(state, total.moments, decay=0.0, unbiased=unbiased is not False)
+        new = new if unbiased is not None else State(total.seen.mean, total.seen.var, new.weight)
         settled.append(jnp.all(jnp.abs(new.mean - state.mean) <= SETTLED * jnp.sqrt(new.var)))
         settled.append(jnp.all(jnp.abs(new.var - state.var) <= SETTLED * new.var))
         return new
 
-    new = jax.tree.map(replaced, states, totals, found, is_leaf=is_state)
+    new = jax.tree.map(replaced, states, totals, is_leaf=is_state)
     return new, jnp.all(jnp.stack(settled)), jnp.any(jnp.stack(tied))

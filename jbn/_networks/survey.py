@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._measuring import Held, held_by, holding
-from jbn._start import empty_moments
+from jbn._core.held import Held, held_by, holding
+from jbn._core.running import empty
 from jbn._types import State, is_state
 
 NOTE = (
@@ -21,19 +21,19 @@ NOTE = (
 )
 
 
-def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=None) -> tuple[Any, Any] | None:
-    """`Held` and states in the places of `states`: what was measured, and what `apply` made of it.
+def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=None) -> Any | None:
+    """`Held` in the places of `states`: what was measured, and what `apply` made of it.
 
     With `epsilon` layers are normalized by each batch's own statistics, and compared with `states`; without it by
     `states`. `None` where there are no batches. `run` is `program(apply)`.
     """
     if isinstance(batches, str | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; expected a list of batches, or what gives them.")
-    totals, found = nothing(states, epsilon), None
+    totals, some = nothing(states, epsilon), False
     for batch in batches:
-        previous = totals
+        previous, some = totals, True
         try:
-            totals, found = run(params, states, totals, batch)
+            totals = run(params, states, totals, batch)
         except Exception as error:
             if isinstance(batches, jax.Array | np.ndarray):
                 error.add_note(
@@ -42,7 +42,7 @@ def survey(run: Callable, params, states, batches: Iterable[Any], *, epsilon=Non
                 )
             raise
         jax.block_until_ready(previous)  # or batches would pile up before the device
-    return None if found is None else (totals, found)
+    return totals if some else None
 
 
 def nothing(states, epsilon=None):
@@ -51,10 +51,11 @@ def nothing(states, epsilon=None):
     def of(state):
         if not is_state(state):
             return state
-        moments = empty_moments(state)
+        moments = empty(state)
         zero = moments.mean
         compared = None if epsilon is None else jnp.full_like(zero, epsilon)
-        return Held(moments, zero, zero, State(state.mean, state.var, zero), compared)
+        before = State(state.mean, state.var, zero)
+        return Held(before, moments, zero, zero, before, compared)
 
     return jax.tree.map(of, states, is_leaf=is_state)
 
@@ -81,10 +82,10 @@ def program(apply) -> Callable:
 
 
 def _measure(living, params, states, totals, batch):
-    """`totals` and what `batch` adds to them, and the states that `apply` gave back."""
+    """`totals` and what `batch` adds to them."""
 
     def hold(state, total):
-        return holding(state, total._replace(calls=jnp.zeros_like(total.calls))) if is_state(state) else state
+        return holding(total._replace(seen=state, calls=jnp.zeros_like(total.calls))) if is_state(state) else state
 
     given = jax.tree.map(hold, states, totals, is_leaf=is_state)
     try:
@@ -116,9 +117,8 @@ def _measure(living, params, states, totals, batch):
         if not is_state(state):
             return state
         held = cast(Held, held_by(new))
-        return held._replace(calls=jnp.maximum(total.calls, held.calls), running=total.running, epsilon=total.epsilon)
+        calls = jnp.maximum(total.calls, held.calls)
+        seen = held.seen._replace(weight=total.seen.weight)
+        return held._replace(seen=seen, calls=calls, running=total.running, epsilon=total.epsilon)
 
-    def found(state, new, _):
-        return State(new.mean, new.var, state.weight) if is_state(state) else state
-
-    return tuple(jax.tree.map(of, states, result[1], totals, is_leaf=is_state) for of in (taken, found))
+    return jax.tree.map(taken, states, result[1], totals, is_leaf=is_state)

@@ -14,6 +14,7 @@ from jbn._types import Moments, State
 class Held(NamedTuple):
     """What a state holds: all [*features]."""
 
+    seen: State  # what the network sees: mean and variance that were found so far, and what it has made of them
     moments: Moments  # of all calls so far
     calls: Any  # how many there were, of one batch, or the most of any
     error: Any  # the sum over them of count times the squared error of evaluation by `running`, see `drift`
@@ -21,16 +22,20 @@ class Held(NamedTuple):
     epsilon: Any | None  # of the comparison; `None`: `running` normalizes
 
     @property
+    def mean(self):
+        return self.seen.mean
+
+    @property
     def given(self) -> State | None:
         """What normalizes; `None`: each batch itself."""
         return self.running if self.epsilon is None else None
 
 
-def holding(state: State, held: Held) -> State:
-    """`state` with this in its weight, [*features, 1, 9 or 10]."""
-    fields = *held.moments, held.calls, held.error, *held.running[:2]
+def holding(held: Held) -> State:
+    """A state with this in its weight, [*features, 1, 9 or 10]."""
+    fields = *held.seen[:2], *held.moments, held.calls, held.error, *held.running[:2]
     fields = fields if held.epsilon is None else (*fields, held.epsilon)
-    mean, var, *packed = (jnp.broadcast_to(field, held.moments.mean.shape) for field in (*state[:2], *fields))
+    mean, var, *packed = (jnp.broadcast_to(field, held.moments.mean.shape) for field in fields)
     return State(mean, var, jnp.expand_dims(jnp.stack([field.astype(mean.dtype) for field in packed], -1), -2))
 
 
@@ -40,4 +45,5 @@ def held_by(state) -> Held | None:
         return None
     fields: list[Any] = list(jnp.unstack(jnp.squeeze(jnp.asarray(state.weight), -2), axis=-1))
     epsilon = fields[9] if len(fields) > 9 else None
-    return Held(Moments(*fields[:5]), fields[5], fields[6], State(*fields[7:9]), epsilon)
+    seen = State(state.mean, state.var)
+    return Held(seen, Moments(*fields[:5]), fields[5], fields[6], State(*fields[7:9]), epsilon)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn._check import check_epsilon
-from jbn._fields import check_states
-from jbn._survey import program, survey
+from jbn._door.fields import check_states
+from jbn._door.numbers import check_epsilon
+from jbn._networks.survey import program, survey
 from jbn._types import is_state, usable
 
 
@@ -84,19 +84,19 @@ def drift(
       >>> found.shift.round(2).tolist(), found.ratio.round(2).tolist(), found.count.tolist()
       ([0.0, 2.0], [1.0, 0.5], [3.0, 3.0])
     """
-    check_epsilon(epsilon)
+    check_epsilon(epsilon, float)
     states = check_states("states", states)
     once = batches() if callable(batches) else batches
     measured = survey(program(apply), params, states, once, epsilon=epsilon)
     if measured is None:
         raise ValueError(f"batches is a {type(batches).__name__} in which there are none; expected one at least.")
 
-    def apart(state, total, found):
+    def apart(state, total):
         if not is_state(state):
             return state
-        spread, running = (jnp.sqrt(of.var + epsilon) for of in (found, state))
-        shift, ratio = (found.mean - state.mean) / running, spread / running
-        narrower = (ratio - 1) ** 2 * found.var / jnp.where(spread > 0, spread, 1) ** 2
+        spread, running = (jnp.sqrt(of.var + epsilon) for of in (total.seen, state))
+        shift, ratio = (total.seen.mean - state.mean) / running, spread / running
+        narrower = (ratio - 1) ** 2 * total.seen.var / jnp.where(spread > 0, spread, 1) ** 2
         count = total.moments.count
         squared = total.error / jnp.where(count > 0, count, 1)
         of_all = jnp.where(count > 0, shift**2 + narrower, 0)
@@ -104,4 +104,4 @@ def drift(
         visible = (jnp.where(usable(state), field, jnp.nan) for field in fields)
         return Drift(count, *visible)
 
-    return jax.tree.map(apart, states, *measured, is_leaf=is_state)
+    return jax.tree.map(apart, states, measured, is_leaf=is_state)

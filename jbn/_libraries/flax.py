@@ -1,32 +1,38 @@
 """What the layers for Flax's linen and for its nnx do alike: both are given Flax's attributes, under the same names."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
-from jbn._batch_norm import batch_norm
-from jbn._check import as_array, check_batch, statistics_dtype
-from jbn._fields import features_of
-from jbn._measuring import held_by
-from jbn._types import Params, State
+from jbn._batch_norm import normalize
+from jbn._core.batch import Batch
+from jbn._core.held import held_by
+from jbn._door.batch import check_batch
+from jbn._door.numbers import as_array
+from jbn._types import Params, State, statistics_dtype
 
 NOTHING = 1e-30  # no evidence, of a mean and variance that are set: those of a batch that was too far away
 
 
 class Call(NamedTuple):
-    """What a layer is called with, as jbn takes it."""
+    """What a layer is called with."""
 
-    x: jax.Array  # in the dtype it is computed in
+    batch: Batch  # in the dtype it is computed in
     dtype: jnp.dtype  # of what the layer returns
-    features: tuple[int, ...]
-    options: dict[str, Any]  # what `moments` takes
+    train: bool
+
+    def normalize(self, layer, params: Params, state: State) -> tuple[jax.Array, State]:
+        """`batch_norm` with what Flax's attributes mean to it."""
+        numbers = {"decay": layer.momentum, "epsilon": layer.epsilon, "unbiased": layer.unbiased}
+        y, state = normalize(self.batch, params, state, train=self.train, activation=layer.activation, **numbers)
+        return y.astype(self.dtype), state
 
 
-def prepare(layer, x, mask) -> Call:
+def prepare(layer, x, mask, *, train: bool) -> Call:
     """`x` and `mask` in the meaning that they have for Flax."""
     x = as_array("x", x)
     own = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.dtype(jnp.float32)
@@ -41,17 +47,8 @@ def prepare(layer, x, mask) -> Call:
                 f"that, with size 1 for what it does not differ in, such as {[*x.shape[:-1], 1]}."
             )
         mask = jnp.expand_dims(mask, range(x.ndim - mask.ndim))
-    x, mask, reduced = check_batch(x.astype(jnp.promote_types(own, dtype)), axes, mask)
-    options = {"axis_name": layer.axis_name, "axis_index_groups": layer.axis_index_groups}
-    return Call(x, jnp.dtype(dtype), features_of(x, reduced).shape, options | {"feature_axis": axes, "weights": mask})
-
-
-def normalize(layer, call: Call, params: Params, state: State, *, train: bool) -> tuple[jax.Array, State]:
-    """`batch_norm` with what Flax's attributes mean to it."""
-    options = call.options | {"decay": layer.momentum, "epsilon": layer.epsilon}
-    options |= {"unbiased": layer.unbiased, "activation": layer.activation}
-    y, state = batch_norm(call.x, params, state, train=train, **options)
-    return y.astype(call.dtype), state
+    pooling = (layer.axis_name, layer.axis_index_groups) if train else ()
+    return Call(check_batch(x.astype(jnp.promote_types(own, dtype)), axes, mask, *pooling), jnp.dtype(dtype), train)
 
 
 def state_of(mean, var, weight=None) -> State:

@@ -1,0 +1,1 @@
+"""Other libraries: how each means batch normalization."""

@@ -1,0 +1,1 @@
+"""Whole networks: every normalization of one is measured over given batches."""
