@@ -99,6 +99,7 @@ def misplaced(faults: list[Fault]) -> list[str]:
             ast.parse(places[0].replace(fault.old, fault.new))
         except SyntaxError as error:
             wrong.append(f"{fault.name!r}: {error.msg}")
+        wrong += [] if fault.tests else [f"{fault.name!r}: there is no test"]
         for test in fault.tests:
             file, _, function = test.partition("[")[0].partition("::")
             there = (ROOT / file).is_file() and (not function or f"def {function}(" in (ROOT / file).read_text())
@@ -120,18 +121,16 @@ def plant(fault: Fault, folder: Path) -> None:
         path.write_text(path.read_text().replace(fault.old, fault.new))
 
 
-def run(folder: Path, tests: list[str], config: Config, *options: str) -> Outcome:
+def run(folder: Path, tests: list[str], *options: str, timeout: float | None = None) -> Outcome:
     """The tests by the jbn of that folder, with what earlier runs have compiled."""
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".venv" / "compiled"))
     environment = os.environ | {"PYTHONPATH": str(folder), "JAX_COMPILATION_CACHE_DIR": compiled, "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "--quiet", "--color=no", "-p", "no:cacheprovider", *options, *tests]
     start = time.perf_counter()
     try:
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=config.timeout
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Outcome(124, config.timeout, "time is up")
+        return Outcome(124, time.perf_counter() - start, "time is up")
     said = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE) or [done.stdout[-1000:] + done.stderr[-1000:]]
     return Outcome(done.returncode, time.perf_counter() - start, "\n".join(said))
 
@@ -142,7 +141,7 @@ def outcomes(fault: Fault, config: Config) -> list[Outcome]:
         copy(Path(folder))
         plant(fault, Path(folder))
         of = [fault.tests, [QUICK]] if config.quick else [fault.tests]
-        return [run(Path(folder), tests, config, "--exitfirst") for tests in of]
+        return [run(Path(folder), tests, "--exitfirst", timeout=config.timeout) for tests in of]
 
 
 def sound(faults: list[Fault], config: Config, pool: ThreadPoolExecutor) -> None:
@@ -151,7 +150,7 @@ def sound(faults: list[Fault], config: Config, pool: ThreadPoolExecutor) -> None
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
         parts = [tests[start :: config.jobs] for start in range(config.jobs)]
-        for outcome in pool.map(lambda part: run(Path(folder), part, config), filter(None, parts)):
+        for outcome in pool.map(lambda part: run(Path(folder), part), filter(None, parts)):
             if outcome.status:
                 sys.exit(f"Without a fault:\n{outcome.says}")
 

@@ -16,6 +16,7 @@ def test_each_text_is_there_once_and_each_test_too():
     [
         ("in jbn/ there is 0 times: nowhere", {"old": "nowhere"}),
         ("'(' was never closed", {"new": "("}),
+        ("there is no test", {"tests": []}),
         ("there is no tests/test_gone.py", {"tests": ["tests/test_gone.py"]}),
         ("there is no tests/test_units.py::test_gone[a]", {"tests": ["tests/test_units.py::test_gone[a]"]}),
         ("stands there 2 times", {"name": FAULTS[1].name}),
