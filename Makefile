@@ -8,7 +8,7 @@ BASE ?= main
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test quick peers lint format docs dist wheel bench clean runs agree same
+.PHONY: help train test quick faults peers lint format docs dist wheel bench same clean runs agree
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -22,6 +22,9 @@ test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 5 to 7
 
 quick: $(VENV)/.test ## Run a little of everything, after every edit, 15 s
 	$(BIN)/python -m pytest --quiet tests/test_quick.py $(ARGS)
+
+faults: $(VENV)/.test ## Plant faults in jbn/ and see the tests fail, 5 min; ARGS="--quick", "--peers" or "-k WORD"
+	$(BIN)/python tests/faults.py $(ARGS)
 
 peers: $(VENV)/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(or $(TESTS),tests/peers jbn/linen.py jbn/nnx.py jbn/equinox.py) $(ARGS)

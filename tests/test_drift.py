@@ -146,6 +146,26 @@ def test_the_error_of_features_whose_variance_is_beside_epsilon(size):
     assert_allclose(found.error, np.sqrt(np.mean(np.subtract(*exact) ** 2, 0)), rtol=1e-3)
 
 
+def test_the_formula_by_calls_beside_a_large_epsilon():
+    """Where it is beside the variances it shows in every field."""
+    epsilon, calls = 0.5, np.split(X + np.repeat(np.float32([0, 1, 3]), 80)[:, None], 3)
+    found = jbn.drift(biased, PARAMS[0], STATE, calls, epsilon=epsilon)
+    _, mean, var = reference.moments(np.concatenate(calls))
+    spread, running = (np.sqrt(np.float64(of) + epsilon) for of in (var, STATE.var))
+    shift, ratio = (mean - STATE.mean) / running, spread / running
+    squared = np.mean(
+        [
+            var * (1 / np.sqrt(var + epsilon) - 1 / running) ** 2 + ((mean - STATE.mean) / running) ** 2
+            for _, mean, var in map(reference.moments, calls)
+        ],
+        0,
+    )
+    between = np.sqrt(np.maximum(squared - shift**2 - (ratio - 1) ** 2 * var / spread**2, 0))
+    assert between.min() > 0.1
+    for name, exact in (("shift", shift), ("ratio", ratio), ("error", np.sqrt(squared)), ("between", between)):
+        assert_allclose(getattr(found, name), exact, rtol=1e-4, atol=1e-6)
+
+
 def test_a_generator_will_do_and_nothing_will_not():
     found = jbn.drift(one, PARAMS[0], STATE, (part for part in X.reshape(8, 30, FEATURES)))
     jax.tree.map(assert_array_equal, found, jbn.drift(one, PARAMS[0], STATE, lambda: X.reshape(8, 30, FEATURES)))

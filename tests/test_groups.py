@@ -75,6 +75,12 @@ def test_the_running_statistics_are_those_of_the_whole_batch():
     assert same is state and y.shape == X[:5].shape
 
 
+def test_batch_norm_takes_interleaved_groups():
+    y, _ = jbn.batch_norm(X, PARAMS, jbn.init(5)[1], train=True, groups=GROUPS, interleaved=True)
+    for cut in cut_into(GROUPS, True):
+        close(np.asarray(y)[cut], reference.normalize(X[cut], *reference.moments(X[cut])[1:], *PARAMS))
+
+
 def test_pooled_over_an_axis_group_by_group():
     run = partial(jbn.normalize_batch, groups=2, axis_name="i")
     lanes = X.reshape(4, 6, 3, 5)

@@ -16,7 +16,12 @@ WAYS = {
     "batch_norm": lambda x, **options: jbn.batch_norm(x, train=True, **options)[0],
     "batch_renorm": lambda x, **options: jbn.batch_renorm(x, train=True, **options)[0],
 }
-SIZES = {jnp.float16: [1e4], jnp.bfloat16: [1e19, 1e36], jnp.float32: [1e18, 1e19, 1e28, 1e36], jnp.float64: [1e154]}
+SIZES = {
+    jnp.float16: [1e4],
+    jnp.bfloat16: [1e19, 1e36],
+    jnp.float32: [1e18, 1e19, 1e20, 1e28, 1e36],
+    jnp.float64: [1e154],
+}
 
 
 CASES = [(way, jnp.float32) for way in WAYS] + [("batch_norm", dtype) for dtype in SIZES if dtype != jnp.float32]

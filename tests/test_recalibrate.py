@@ -98,7 +98,9 @@ def test_the_states_passed_in_do_not_matter_and_a_program_is_compiled_once(compi
         return iter(batches)
 
     bad = [jbn.State(state.mean + 30, state.var * 1e4, state.weight) for state in STATES]
-    states = jbn.recalibrate(apply, PARAMS, bad, batches)
+    states = jbn.recalibrate(apply, PARAMS, bad, anew)
+    assert len(seen) == 3  # in as many passes as there are layers
+    seen.clear()
     compilations.clear()
     again = jbn.recalibrate(apply, PARAMS, states, anew, passes=100)
     jax.tree.map(assert_array_equal, again, states)
@@ -148,6 +150,19 @@ def test_variants_of_the_layer(layer):
 def test_a_layer_composed_by_hand_accumulates():
     states = jbn.recalibrate(partial(apply, layer=composed), PARAMS, STATES[:2], cut([256]))
     assert_states(states, expected(), 1e-2)  # normalized by its own batch, whose variance divides by 256, not 255
+
+
+def test_an_update_by_hand_that_is_gated():
+    def gated(params, state, batch):
+        x, amount = batch
+        y, moments = jbn.normalize_batch(x, params)
+        return y, jbn.update(state, moments, amount=amount)
+
+    parts = np.split((ROWS @ KERNELS[0]).astype(np.float32), 4)
+    state = jbn.recalibrate(gated, NORMS[0], STATES[0], list(zip(parts, np.float32([1, 0, 1, 0]), strict=True)))
+    taken = np.float64(np.concatenate(parts[::2]))
+    assert_allclose(state.mean, taken.mean(0), rtol=1e-5)
+    assert_allclose(state.var, taken.var(0, ddof=1), rtol=1e-5)
 
 
 def test_frozen_layers_and_what_is_no_state_stay_as_they_are():
@@ -496,6 +511,8 @@ def test_a_variance_as_the_network_or_the_caller_says():
     ):
         (state,) = jbn.recalibrate(network, PARAMS, STATES[:1], cut([128, 128]), **options)
         assert_allclose(state.var, wanted, rtol=1e-5)
+    first, _ = jbn.recalibrate(biased, PARAMS, STATES[:2], cut([128, 128]))  # in two passes
+    assert_allclose(first.var, var * 255 / 256, rtol=1e-5)
 
 
 def tied(params, state, x, steps=3):
@@ -509,12 +526,13 @@ SQUARE = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
 TIED_BATCHES = np.random.default_rng(1).normal(2, 3, (8, 32, 4)).astype(np.float32)
 
 
-def test_a_state_at_several_depths_settles():
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_state_at_several_depths_settles(steps):
     """It is that of what reaches the layer when it normalizes by it, in float64."""
     params, fresh = jbn.init(4)
-    state = jbn.recalibrate(tied, params, fresh, TIED_BATCHES)
+    state = jbn.recalibrate(partial(tied, steps=steps), params, fresh, TIED_BATCHES)
     h, seen = np.float64(TIED_BATCHES.reshape(-1, 4)), []
-    for _ in range(3):
+    for _ in range(steps):
         seen.append(np.tanh(h @ SQUARE))
         h = (seen[-1] - np.float64(state.mean)) / np.sqrt(np.float64(state.var) + 1e-5)
     seen = np.concatenate(seen)

@@ -78,6 +78,16 @@ def test_without_evidence_it_is_batch_norm_and_gradients_stay_finite(epsilon):
     assert_array_equal(y, jbn.normalize_batch(dead, PARAMS, center=FRESH.mean, epsilon=epsilon)[0])
 
 
+def test_a_first_batch_that_is_far_away():
+    """What rounding can have made of its variance is the running one, and is no evidence, as with batch_norm."""
+    x = X[:, 0] + np.float32(1e5)
+    _, after = jbn.batch_renorm(x, PARAMS, FRESH, train=True)
+    count, mean, _ = moments(x)
+    assert_allclose(after.mean, mean, rtol=2e-7)
+    assert_allclose(after.var, 32 * 2.0**-24 * mean**2 * count / (count - 1), rtol=1e-3)
+    assert_array_equal(after.weight, np.zeros(3))
+
+
 @pytest.mark.parametrize("r_min", [0.0, 0.4, 1.0])
 def test_a_lower_limit_of_its_own(r_min):
     """As Keras has it: the scale of a batch much narrower than the running statistics, 1 / 3 at least without it."""

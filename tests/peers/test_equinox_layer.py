@@ -111,6 +111,13 @@ def test_an_activation_inside():
         close(one(True, FAR[0], inference), one(False, FAR[0], inference), 1e-5)
 
 
+def test_unbiased():
+    x = np.random.default_rng(0).normal(1, 2, (16, IN)).astype(np.float32)
+    layer, state = eqx.nn.make_with_state(BatchNorm)(IN, "batch", unbiased=True)
+    _, after = over_batch(layer, state, x)
+    assert_allclose(after.get(layer.state_index).var, np.float64(x).var(0, ddof=1), rtol=1e-5)
+
+
 def test_ten_steps_are_those_of_equinox_and_its_hidden_averages_debiased():
     for step, (ours, theirs) in enumerate(zip(train(BatchNorm), train(IN_MODE["batch"]), strict=True), 1):
         (y, gradients, model, state), (their_y, their_gradients, their_model, their_state) = ours, theirs

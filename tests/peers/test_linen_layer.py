@@ -114,6 +114,11 @@ def test_an_activation_inside():
     assert single(OURS, activation=jnp.tanh)[0].max() < 1
 
 
+def test_unbiased():
+    _, changed = single(OURS, unbiased=True)
+    assert_allclose(changed["batch_stats"]["var"], 0.9 + 0.1 * np.float64(X).var((0, 1, 2), ddof=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("writer", "reader"), [(OURS, THEIRS), (THEIRS, OURS)])
 def test_a_checkpoint_of_either_goes_on_in_the_other(writer, reader):
     written = last(writer, start(writer), range(3))
