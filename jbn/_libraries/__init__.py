@@ -1,0 +1,1 @@
+"""Other libraries: the table of what they mean (`rows.py`), and its readers."""
