@@ -96,8 +96,8 @@ def _without_start(mean, var, steps, decay, start):
     if steps is None or decay is None:
         raise ValueError(
             f"steps is {steps} and decay is {decay}; expected both, to take out the initial mean 0 and variance "
-            f"{start:g}, or neither, to keep them as data. PyTorch counts steps in num_batches_tracked; decay is 1 - its "
-            f"momentum."
+            f"{start:g}, or neither, to keep them as data. PyTorch counts steps in num_batches_tracked; decay is 1 - "
+            f"its momentum."
         )
     left = check_decay(decay) ** check_steps(steps)
     if left == 1:

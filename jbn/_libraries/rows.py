@@ -26,10 +26,12 @@ HAIKU = ("scale", "offset", "mean_ema.average", "var_ema.average")
 SONNET = ("scale", "offset", "moving_mean.average", "moving_variance.average")
 MXNET = ("gamma", "beta", "running_mean", "running_var")
 MXNET_OPERATOR = ("gamma", "beta", "moving_mean", "moving_var")
+CLAMPED = "It divides by the root of max(var, epsilon): by epsilon / (2 var) less."
+UNBIASED = "It normalizes by the unbiased variance of the batch."
 
 ROWS = {
     "torch": Library("PyTorch", "2.13.0", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
-    "torch frozen": Library(
+    "torchvision frozen": Library(
         "torchvision FrozenBatchNorm2d", "0.28.0", TORCH, True, 1.0, "", ignored=("num_batches_tracked",)
     ),
     "timm": Library("timm BatchNormAct2d", "1.0.22", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
@@ -51,6 +53,8 @@ ROWS = {
         "new",
         counter="num_batches_tracked",
         shape="[types, C]",
+        evaluation=CLAMPED,
+        training=CLAMPED,
     ),
     "flax": Library(
         "Flax, linen and nnx",
@@ -63,7 +67,12 @@ ROWS = {
         shape="[*features]",
     ),
     "keras": Library("Keras 3", "3.15.1", KERAS, False, 0.99, "old", 1e-3, shape="[*features]"),
-    "tensorflow": Library("TensorFlow fused, tf.keras 2", "2.21.0", KERAS, True, 0.99, "old", 1e-3),
+    "tensorflow": Library(
+        "TensorFlow, fused", "2.21.0", ("scale", "offset", "mean", "variance"), True, 0.99, "new", 1e-3
+    ),
+    "tensorflow keras": Library(
+        "tf.keras 2, fused", "2.21.0", KERAS, True, 0.99, "old", 1e-3, read="its operation is that of tensorflow"
+    ),
     "haiku": Library(
         "Haiku",
         "0.0.17",
@@ -154,18 +163,17 @@ ROWS = {
     "mlx": Library("MLX", "0.32.4", TORCH, True, 0.9, "new"),
     "tinygrad": Library("tinygrad", "0.14.0", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
     "objax": Library("Objax", "1.8.0", MXNET, False, 0.999, "old", 1e-6, shape="[1, C, 1, 1]"),
-    "nnabla": Library(
-        "NNabla", "1.39.0", ("bn/gamma", "bn/beta", "bn/mean", "bn/var"), True, 0.9, "old", shape="[1, C, 1, 1]"
-    ),
+    "nnabla": Library("NNabla", "1.39.0", ("gamma", "beta", "mean", "var"), True, 0.9, "old", shape="[1, C, 1, 1]"),
     "megengine": Library("MegEngine", "1.13.0", TORCH, True, 0.9, "old", ignored=("num_batches_tracked",)),
     "e3nn": Library(
         "e3nn-jax, scalars",
         "0.21.0",
-        ("weights", "biases", "running_mean", "running_var"),
+        ("weights", "biases", "mean", "var"),
         False,
         0.9,
         "new",
         1e-4,
+        collections=("params", "batch_stats"),
         scale="blended",
     ),
     "brainstate": Library(
@@ -175,7 +183,7 @@ ROWS = {
         False,
         0.99,
         "old",
-        shape="[1, 1, C]",
+        shape="[1, .., C]",
     ),
     "jittor": Library("Jittor", "1.3.11", TORCH, False, 0.9, "new", read="it does not run here"),
     "trax": Library(
@@ -200,7 +208,7 @@ ROWS = {
         "new",
         scale="softplus",
         start=0.0,
-        training="It normalizes by the unbiased variance of the batch.",
+        training=UNBIASED,
     ),
     "pyro": Library(
         "Pyro",
@@ -210,7 +218,7 @@ ROWS = {
         0.9,
         "new",
         scale="relu",
-        training="It normalizes by the unbiased variance of the batch.",
+        training=UNBIASED,
     ),
     "ncnn": Library(
         "ncnn",

@@ -47,14 +47,15 @@ def stored(library: Library, scale: np.ndarray | None, like: np.ndarray) -> np.n
         return wide.astype(dtype)
     if library.scale == "blended":
         return (wide * np.sqrt(1 - library.epsilon)).astype(dtype)
-    least = library.epsilon if library.scale == "softplus" else 1e-6
-    if np.any(wide < least) or (library.scale == "softplus" and np.any(wide == least)):
+    softplus = library.scale == "softplus"
+    least = library.epsilon if softplus else 1e-6
+    over = wide - least
+    if np.any(over <= 0 if softplus else over < -1e-6 * least):  # 1e-6 in float32 is less than that
         raise ValueError(
             f"params.scale has values such as {wide.min():.6g}; expected more than {least:.6g}: {library.title} stores "
             f"it as {library.scale}, which cannot give less."
         )
-    wide = wide - least
-    return (wide + np.log(-np.expm1(-wide)) if library.scale == "softplus" else wide).astype(dtype)
+    return (over + np.log(-np.expm1(-over)) if softplus else np.maximum(over, 0)).astype(dtype)
 
 
 def _wide(array) -> np.ndarray:

@@ -6,15 +6,18 @@ RANK = "One layer divides its running variance by n for 2-D and 3-D input, and b
 
 SURPRISES = {
     "torch": f"A state_dict without num_batches_tracked does not load, a plain dict does. {UNCOUNTED}",
-    "torch frozen": "Nothing moves and nothing is learned: weight and bias are buffers.",
+    "torchvision frozen": "Nothing moves and nothing is learned: weight and bias are buffers.",
     "timm": "Models whose names start with tf_ have epsilon 1e-3. An activation follows in the same layer.",
     "torch geometric": "With allow_single_element one node is evaluated by the running statistics, which stay.",
-    "torch geometric hetero": "Biased, unlike its BatchNorm; statistics for each type of node.",
+    "torch geometric hetero": "Biased, unlike its BatchNorm, with a mean and a variance for each type of node. No "
+    "gradient goes through the statistics of the batch.",
     "flax": "A batch of which all is masked leaves NaN.",
     "keras": "A .weights.h5 file has no names: entry 0 is gamma, or beta with scale=False, or the mean without both; "
     "a file of one kind loads into a layer of the other.",
-    "tensorflow": "Keras 3 on TensorFlow divides by n, the fused operation of tf.keras 2 by n - 1. The operation "
-    "itself takes the weight of the new value.",
+    "tensorflow": "The names are the operation's arguments. It takes the weight of the new value, without a default: "
+    "0.01 and epsilon 1e-3 are those of tf.keras 2.",
+    "tensorflow keras": "Unbiased where the fused operation is used, as for images by default; Keras 3 on TensorFlow "
+    "is biased.",
     "haiku": "decay_rate has no default; 0.9 is that of its ResNet. After init the average holds the moments of the "
     "array that init was given, at counter 0.",
     "sonnet": RANK,
