@@ -1,4 +1,4 @@
-"""How libraries mean batch norm: the table of docs/libraries.md, or how far jbn is from what each library made.
+"""How libraries mean batch norm: the tables of docs/libraries.md, or how far jbn is from what each library made.
 
 python benchmarks/libraries.py [differences]
 """
@@ -17,6 +17,7 @@ from jbn._libraries.library import Library
 from jbn._libraries.rows import LIBRARIES
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden/libraries"
+SCRIPTS = GOLDEN.parent / "make"
 
 
 class Golden(NamedTuple):
@@ -99,49 +100,66 @@ def compare(name) -> Differences:
     )
 
 
-def cells(name: str, library: Library) -> list[str]:
-    """A row of the page."""
-    number = 1 - library.decay if library.momentum == "new" else library.decay
-    seen = f"read: {library.read}" if library.read else f"`make goldens ARGS={name.replace(' ', '-')}`"
-    names = ", ".join(f"`{each}`" for each in library.names)
-    rest = ", ".join(f"`{each}`" for each in library.all_names[4:])
-    shape = library.shape + (f", statistics {library.running}" if library.running else "")
-    starts = {"full": f"0 and {library.start:g}", "first": "the first batch", "average": "debiased, counted"}
+def command(name: str) -> str:
+    """What makes its golden file; a script may make those of several rows."""
+    words = name.split()
+    scripts = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
+    return f"`make goldens ARGS={next(each for each in scripts if (SCRIPTS / f'{each}.py').exists())}`"
+
+
+def numbers(name: str, library: Library) -> list[str]:
+    moves, weighs = bool(library.momentum), 1 - library.decay if library.momentum == "new" else library.decay
+    starts = {"full": f"0 and {library.start:g}", "first": "the first batch", "average": "0 and 0, debiased"}
     return [
+        library.title,
         f"`{name}`",
-        f"{library.title} {library.version}",
-        names + f"; {rest}" * bool(rest),
-        ("n - 1" if library.unbiased else "n") if library.momentum else "-",
-        f"{number:.6g} of the {library.momentum}" if library.momentum else "-",
-        f"{library.epsilon:g}",
-        starts.get(library.evidence, "0 and 1, debiased, counted") if library.momentum else "-",
-        shape,
-        seen,
+        ("n - 1" if library.unbiased else "n") if moves else "-",
+        f"{weighs:.6g} of the {library.momentum}" if moves else "-",
+        f"{library.epsilon:g}".replace("e-0", "e-"),
+        starts.get(library.evidence, "0 and 1, debiased") if moves else "-",
+        library.version,
+        f"read: {library.read}" if library.read else command(name),
     ]
 
 
-TITLES = ("name here", "library", "names: scale, bias, mean, variance; others", "running variance divides by")
-TITLES += ("momentum weighs", "epsilon", "averages start at", "shape", "seen by")
+def names(name: str, library: Library) -> list[str]:
+    others = ", ".join(f"`{each}`" for each in library.all_names[4:])
+    shape = f"{library.shape}, statistics {library.running}" if library.running else library.shape
+    return [library.title, *(f"`{each}`" for each in library.names), others or "-", library.nameless or f"`{shape}`"]
 
 
-def table() -> str:
-    """The table of the page, and what surprises."""
-    lines = [TITLES, ["---"] * len(TITLES), *(cells(*item) for item in LIBRARIES.items())]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+NUMBERS = ("library", "name here", "running variance over", "momentum is the weight", "epsilon", "averages start at")
+NUMBERS += ("version", "run by")
+NAMES = ("library", "scale", "bias", "mean", "variance", "beside them", "shape, or what a file has")
+
+
+def markdown(titles, cells) -> str:
+    lines = [titles, ["---"] * len(titles), *(cells(*item) for item in LIBRARIES.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def surprises() -> str:
     notes = []
     for name, library in LIBRARIES.items():
-        differs = [f"Evaluation differs: {library.evaluation}"] * bool(library.evaluation)
-        differs += [f"The output of a training step differs: {library.training}"] * bool(library.training)
-        notes.append(f"- **{library.title}** (`{name}`): {' '.join([library.surprise, *differs])}")
-    return f"{rows}\n\n## What surprises\n\n" + "\n".join(notes) + "\n"
+        differs = [f"**Evaluation is another than jbn's.** {library.evaluation}"] * bool(library.evaluation)
+        differs += [f"**A training step gives another output.** {library.training}"] * bool(library.training)
+        notes.append(f"- **{library.title}** (`{name}`): {' '.join([library.surprise, *dict.fromkeys(differs)])}")
+    return "\n".join(notes)
+
+
+def parts() -> list[str]:
+    """What the page is made of."""
+    return [markdown(NUMBERS, numbers), markdown(NAMES, names), surprises()]
+
+
+def apart_table() -> str:
+    """How far jbn is from each library."""
+    lines = [("library", *Differences._fields), ["---"] * (1 + len(Differences._fields))]
+    for name, library in LIBRARIES.items():
+        if not library.read:
+            lines.append([library.title, *(f"{value:.0e}".replace("e-0", "e-") for value in compare(name))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["differences"]:
-        print(table(), end="")
-        sys.exit()
-    print(f"| library | {' | '.join(Differences._fields)} |")
-    print(f"| --- |{' --- |' * len(Differences._fields)}")
-    for key in LIBRARIES:
-        if path_of(key).exists():
-            print(f"| {key} | {' | '.join(f'{value:.1e}' for value in compare(key))} |")
+    print(apart_table() if sys.argv[1:] == ["differences"] else "\n\n".join(parts()))

@@ -39,7 +39,8 @@ class Preset(TypedDict):
 def of(library: str) -> Preset:
     """The default settings of a library, by its name as in `jbn.convert.from_library`.
 
-    Where nothing moves, as in "torch frozen", decay is 1. "e3nn" has the epsilon that goes with its converted params.
+    Where nothing moves, as in "torchvision frozen", decay is 1. "e3nn" has the epsilon that goes with its converted
+    params.
 
     Raises:
       ValueError: no such library.

@@ -139,7 +139,7 @@ def test_every_public_name_is_on_a_page_of_the_api():
     pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     assert {f"jbn.{name}" for name in jbn.__all__} <= named
-    converters = {name for name in vars(jbn.convert) if name.startswith(("from_", "to_", "find_"))}
+    converters = {name for name in vars(jbn.convert) if name.startswith(("from_", "to_", "find"))}
     assert {f"jbn.convert.{name}" for name in converters} <= named
     functions = [name for name in jbn.__all__ if name[0].islower()]
     assert all(f"`{name}`" in (jbn.__doc__ or "") for name in functions)

@@ -44,9 +44,12 @@ def listed(entries) -> str:
 
 
 def as_entry(name, given) -> np.ndarray:
-    if hasattr(given, "detach"):  # a tensor of PyTorch
-        given = given.detach().cpu()
-        narrow = str(given.dtype) == "torch.bfloat16"  # which NumPy cannot hold
+    if hasattr(given, "asnumpy"):  # of MXNet and MindSpore
+        given = given.asnumpy()
+    elif hasattr(given, "detach"):  # a tensor of PyTorch, PaddlePaddle, MegEngine or tinygrad
+        given = given.detach()
+        given = given.cpu() if hasattr(given, "cpu") else given
+        narrow = str(given.dtype).endswith(".bfloat16")  # which NumPy cannot hold
         given = given.float().numpy().astype(jnp.bfloat16) if narrow else given.numpy()
     try:
         array = np.asarray(given)

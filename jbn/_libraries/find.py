@@ -10,18 +10,19 @@ from jbn._libraries.library import Library
 from jbn._libraries.rows import LIBRARIES
 
 Names = dict[str, str]  # full names by the library's own
+BEHIND = r"(?::\d+|/\.ATTRIBUTES/VARIABLE_VALUE)?"  # in files of TensorFlow 1 and 2
 
 
 @cache
 def pattern(library: Library) -> re.Pattern:
-    """A collection, the layer, and the library's own name; of Keras and TensorFlow a number behind.
+    """A collection, the layer, and the library's own name; what TensorFlow writes behind it.
 
     The parts of a name are apart by dots or slashes, whichever the file has; Haiku has a ~ between them.
     """
     names = "|".join("[./]".join(map(re.escape, plain(name).split("."))) for name in library.all_names)
     collection = f"(?:(?:{'|'.join(library.collections)})[./:])?" if library.collections else ""
     return re.compile(
-        rf"{collection}(?:(?P<layer>.*?)[{library.separators}])??(?:~[./])?(?P<name>{names})(?::\d+)?", re.DOTALL
+        rf"{collection}(?:(?P<layer>.*?)[{library.separators}])??(?:~[./])?(?P<name>{names}){BEHIND}", re.DOTALL
     )
 
 
