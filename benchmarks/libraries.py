@@ -85,13 +85,13 @@ def written(name, params, state, like, settings) -> float:
 
 
 def compare(name) -> Differences:
-    golden, library, preset = load(name), LIBRARIES[name], dict(presets.of(name))
-    options = {"epsilon": preset["epsilon"], "feature_axis": np.ravel(golden.settings["feature_axis"]).tolist()}
+    golden, preset = load(name), presets.of(name)
+    x, axes = golden.x[-1], np.ravel(golden.settings["feature_axis"]).tolist()
     params, state = converted(name, golden.entries, golden.settings)
-    evaluation = jbn.normalize_running(golden.x[-1], params, state, **options)
+    evaluation = jbn.normalize_running(x, params, state, epsilon=preset["epsilon"], feature_axis=axes)
     output, after = evaluation, state
-    if library.momentum:  # else nothing moves
-        output, after = jbn.batch_norm(golden.x[-1], params, state, train=True, **preset | options)
+    if LIBRARIES[name].momentum:  # else nothing moves
+        output, after = jbn.batch_norm(x, params, state, train=True, feature_axis=axes, **preset)
     return Differences(
         apart(evaluation, golden.evaluated),
         apart(output, golden.trained),

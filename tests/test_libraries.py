@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +80,6 @@ def test_each_file_has_a_row_and_is_small():
     files = sorted(libraries.GOLDEN.glob("*.npz"))
     assert files == sorted(map(libraries.path_of, GOLDEN))
     assert all(file.stat().st_size < 5000 for file in files)
-
-
-def test_the_page_has_the_tables():
-    page = (Path(__file__).parents[1] / "docs/libraries.md").read_text()
-    for part in libraries.parts():  # as `make bench ARGS=libraries` prints them
-        assert part in page
 
 
 @golden
@@ -245,7 +238,7 @@ REFUSED = {
     ),
     "twice": (
         lambda: convert.from_library(PADDLE | {"_mean:0": np.zeros(2, "f4")}, "paddle"),
-        r"'_mean' and '_mean:0' are both _mean of one layer",
+        r"expected _mean, .*\(unknown: _mean:0\)",
     ),
     "a scale that is fixed": (
         lambda: convert.to_library(jbn.Params(jnp.full(2, 3.0), None), jbn.init(2)[1], "mxnet operator"),

@@ -105,7 +105,7 @@ def from_keras(
                 f"weights has an item of type {type(value).__name__} without a name; expected layer.weights, whose "
                 f"variables have one, rather than layer.get_weights(), or arrays by name."
             )
-    renorm = any("moving_stddev" in name for name, _ in items)
+    renorm = any("moving_stddev" in str(name) for name, _ in items)
     hint = "With renorm=True a layer has more than a batch norm." if renorm else ""
     return read(row("keras"), dict(items), steps=steps, decay=decay, source="weights", hint=hint)
 

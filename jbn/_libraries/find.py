@@ -39,9 +39,7 @@ def grouped(library: Library, entries: Mapping[str, Any]) -> dict[str, Names]:
         if match:
             names = groups.setdefault(match["layer"] or "", {})
             name = own[plain(match["name"])]
-            if name in names:
-                raise ValueError(f"{names[name]!r} and {full!r} are both {name} of one layer; expected one of them.")
-            names[name] = full
+            names[full if name in names else name] = full  # a second one is unknown
     return groups
 
 

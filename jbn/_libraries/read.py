@@ -28,9 +28,9 @@ def read(library: Library, entries, *, source="entries", hint="", steps=None, de
     counts = tuple(name for name in library.needed if name not in averages)
     ignored = tuple(filter(None, (library.counter, *library.ignored)))
     entries = one_layer(library, entries, source, hint)
-    named = pick(
-        source, entries, (mean, var, *averages), (scale, bias), hint or advice(library, entries), ignored, counts
-    )
+    if not hint and not {mean, var, *library.needed} <= entries.keys() <= {*library.all_names}:
+        hint = advice(library, entries)
+    named = pick(source, entries, (mean, var, *averages), (scale, bias), hint, ignored, counts)
     named = {name: _without_ones(library, name, array) for name, array in named.items()}
     meaning = meant(library, named.pop(scale, None), named[mean])
     named |= {} if meaning is None else {scale: meaning}
