@@ -42,8 +42,8 @@ def load(name) -> Golden:
     def under(start):
         return {key.removeprefix(start): value for key, value in held.items() if key.startswith(start)}
 
-    rest = (held[key] for key in ("evaluated", "trained"))
-    return Golden(held["x"], under("entries/"), under("next/"), *rest, json.loads(str(held["settings"])))
+    settings = json.loads(str(held["settings"]))
+    return Golden(held["x"], under("entries/"), under("next/"), held["evaluated"], held["trained"], settings)
 
 
 class Differences(NamedTuple):
@@ -68,7 +68,7 @@ def converted(name, entries, settings):
 
 
 def written(name, params, state, like, settings) -> float:
-    """How far the entries written are from `like`, as the library means them; counts have to be the same."""
+    """How far the entries written are from `like`, as the library means them; counts and dtypes have to be the same."""
     library = LIBRARIES[name]
     like = one_layer(library, like, "like", "")
     ours = convert.to_library(params, state, name, decay=settings["decay"], shape=like[library.names[2]].shape)
@@ -80,6 +80,7 @@ def written(name, params, state, like, settings) -> float:
             continue
         if key == library.names[0] and library.scale in ("fixed", "relu"):  # what is stored without a meaning is lost
             theirs = np.ones_like(theirs) if library.scale == "fixed" else np.maximum(theirs, 0)
+        assert ours[key].dtype == theirs.dtype, key
         worst = max(worst, apart(ours[key], theirs))
     return worst
 
@@ -115,7 +116,7 @@ def numbers(name: str, library: Library) -> list[str]:
         f"`{name}`",
         ("n - 1" if library.unbiased else "n") if moves else "-",
         f"{weighs:.6g} of the {library.momentum}" if moves else "-",
-        f"{library.epsilon:g}".replace("e-0", "e-"),
+        short(library.epsilon),
         starts.get(library.evidence, "0 and 1, debiased") if moves else "-",
         library.version,
         f"read: {library.read}" if library.read else command(name),
@@ -152,12 +153,16 @@ def parts() -> list[str]:
     return [markdown(NUMBERS, numbers), markdown(NAMES, names), surprises()]
 
 
+def short(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
+
+
 def apart_table() -> str:
     """How far jbn is from each library."""
     lines = [("library", *Differences._fields), ["---"] * (1 + len(Differences._fields))]
     for name, library in LIBRARIES.items():
         if not library.read:
-            lines.append([library.title, *(f"{value:.0e}".replace("e-0", "e-") for value in compare(name))])
+            lines.append([library.title, *map(short, compare(name))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

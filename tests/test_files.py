@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 import jbn
-from jbn import presets
+from jbn import convert, presets
 
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "tests/golden/files"
@@ -86,6 +86,19 @@ def test_safetensors(tmp_path, monkeypatch):
     (params, state), *_ = run(".safetensors", tmp_path, monkeypatch)["layers"].values()
     assert params.scale.dtype == "bfloat16" and params.scale.tolist() == [1.5, 1.5]
     assert state.mean.tolist() == [1, 2] and state.var.tolist() == [3, 4]
+
+
+def test_trees(tmp_path, monkeypatch):
+    flat = run("Trees of JAX", tmp_path, monkeypatch)["flat"]
+    params, state = jbn.init(2)
+    learned, running = convert.to_flax(params, state)
+    variables = {"params": {"a": {"bn": learned}, "head": {"kernel": ONES}}, "batch_stats": {"a": {"bn": running}}}
+    layers, unused = convert.find(flat(variables), "flax")
+    assert list(layers) == ["a/bn"] and unused == ("params/head/kernel",)
+    learned, mean, var = convert.to_haiku(params, state, decay=0.9)
+    state = {"net/~/bn/~/mean_ema": mean, "net/~/bn/~/var_ema": var}
+    layers, unused = convert.find(flat({"net/~/bn": learned}, state), "haiku", decay=0.9)
+    assert list(layers) == ["net/~/bn"] and not unused
 
 
 class Harm:

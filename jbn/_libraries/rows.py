@@ -34,7 +34,9 @@ ROWS = {
     "torchvision frozen": Library(
         "torchvision FrozenBatchNorm2d", "0.28.0", TORCH, True, 1.0, "", ignored=("num_batches_tracked",)
     ),
-    "timm": Library("timm BatchNormAct2d", "1.0.22", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
+    "timm": Library(
+        "timm BatchNormAct2d", "1.0.31", TORCH, True, 0.9, "new", counter="num_batches_tracked", read="PyTorch's layer"
+    ),
     "torch geometric": Library(
         "PyTorch Geometric BatchNorm",
         "2.8.1",
@@ -229,6 +231,7 @@ ROWS = {
         "",
         0.0,
         nameless="slope, mean, variance and bias, in this order",
+        read="run by hand, without a training step",
     ),
 }
 
