@@ -70,7 +70,7 @@ def converted(name, entries, settings):
 def written(name, params, state, like, settings) -> float:
     """How far the entries written are from `like`, as the library means them; counts and dtypes have to be the same."""
     library = LIBRARIES[name]
-    like = one_layer(library, like, "like", "")
+    like = {key: value for key, value in one_layer(library, like, "like", "").items() if key not in library.ignored}
     ours = convert.to_library(params, state, name, decay=settings["decay"], shape=like[library.names[2]].shape)
     assert ours.keys() == like.keys(), (ours.keys(), like.keys())
     worst = 0.0
@@ -124,7 +124,7 @@ def numbers(name: str, library: Library) -> list[str]:
 
 
 def names(name: str, library: Library) -> list[str]:
-    others = ", ".join(f"`{each}`" for each in library.all_names[4:])
+    others = ", ".join(f"`{each}`" for each in (*library.needed, library.counter) if each)
     shape = f"{library.shape}, statistics {library.running}" if library.running else library.shape
     return [library.title, *(f"`{each}`" for each in library.names), others or "-", library.nameless or f"`{shape}`"]
 

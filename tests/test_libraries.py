@@ -199,9 +199,13 @@ REFUSED = {
     ),
     "by its title": (lambda: presets.of("PyTorch"), r"library is 'PyTorch'.*Is it 'torch'"),
     "names of another": (
-        lambda: convert.from_library(FIRST | {"first_time": None}, "paddle"),
+        lambda: convert.from_library({"mean": np.zeros(2, "f4"), "var": np.ones(2, "f4")}, "paddle"),
         r"expected _mean, _variance and, .*weight, bias \(missing: _mean, _variance; unknown: mean, var\)\. "
         r"PaddlePaddle writes weight, bias, _mean, _variance\. .*The names fit 'flax', .*jbn\.convert\.find",
+    ),
+    "no names": (
+        lambda: convert.from_library([1], "paddle"),
+        r"a list; expected a mapping.*PaddlePaddle writes weight, ",
     ),
     "of two layers": (
         lambda: convert.from_library({f"{at}.{key}": value for at in "ab" for key, value in PADDLE.items()}, "paddle"),

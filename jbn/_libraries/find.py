@@ -46,7 +46,9 @@ def grouped(library: Library, entries: Mapping[str, Any]) -> dict[str, Names]:
 def one_layer(library: Library, entries: Any, source: str, hint: str) -> dict[str, Any]:
     """The entries of one layer by the library's own names, and what else there is by its own."""
     if not isinstance(entries, Mapping):
-        pick(source, entries, (), (), hint)  # says what is wrong
+        pick(
+            source, entries, (), (), hint or f"{library.title} writes {', '.join(library.names)}."
+        )  # says what is wrong
     groups = grouped(library, entries)
     if len(groups) > 1:
         first, second, *_ = groups.values()
@@ -85,12 +87,12 @@ def layers(library: Library, entries: Any, source: str) -> tuple[dict[str, Names
     return found, tuple(name for name in entries if name not in used)
 
 
-def fitting(entries: Any) -> list[str]:
-    """The libraries by whose names `entries` has a batch norm."""
-    if not isinstance(entries, Mapping):
-        return []
-    return [
-        key
-        for key, library in LIBRARIES.items()
-        if any({*library.names[2:], *library.needed} <= names.keys() for names in grouped(library, entries).values())
-    ]
+def fitting(entries: Mapping[str, Any]) -> list[str]:
+    """The libraries by whose names `entries` is one batch norm."""
+
+    def fits(library: Library) -> bool:
+        groups = list(grouped(library, entries).values())
+        wanted = {*library.names[2:], *library.needed}
+        return len(groups) == 1 and wanted <= groups[0].keys() and len(groups[0]) == len(entries)
+
+    return [name for name, library in LIBRARIES.items() if fits(library)]

@@ -14,7 +14,7 @@ class Library(NamedTuple):
     momentum: str  # what its number is the weight of: the "old" value, the "new" one, or "" without a number
     epsilon: float = 1e-5
     counter: str = ""  # written beside them, and without meaning for evaluation
-    ignored: tuple[str, ...] = ()  # others that may be there
+    ignored: tuple[str, ...] = ()  # others that may be there, and are not written
     needed: tuple[str, ...] = ()  # others without which the averages cannot be read
     collections: tuple[str, ...] = ()  # what may stand before all names of a file
     separators: str = "./"  # between the name of a layer and these names

@@ -166,7 +166,7 @@ ROWS = {
     "tinygrad": Library("tinygrad", "0.14.0", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
     "objax": Library("Objax", "1.8.0", MXNET, False, 0.999, "old", 1e-6, shape="[1, C, 1, 1]"),
     "nnabla": Library("NNabla", "1.39.0", ("gamma", "beta", "mean", "var"), True, 0.9, "old", shape="[1, C, 1, 1]"),
-    "megengine": Library("MegEngine", "1.13.0", TORCH, True, 0.9, "old", ignored=("num_batches_tracked",)),
+    "megengine": Library("MegEngine", "1.13.0", TORCH, True, 0.9, "old"),
     "e3nn": Library(
         "e3nn-jax, scalars",
         "0.21.0",
