@@ -203,6 +203,12 @@ REFUSED = {
         r"expected _mean, _variance and, .*weight, bias \(missing: _mean, _variance; unknown: mean, var\)\. "
         r"PaddlePaddle writes weight, bias, _mean, _variance\. .*The names fit 'flax', .*jbn\.convert\.find",
     ),
+    "names of its sibling": (
+        lambda: convert.from_library(
+            {f"bn.{key}": np.ones(2, "f4") for key in LIBRARIES["mxnet"].names}, "mxnet operator"
+        ),
+        r"unknown: bn\.running_mean, bn\.running_var\).*'mxnet operator free'\. The names fit 'mxnet', 'objax'\. ",
+    ),
     "no names": (
         lambda: convert.from_library([1], "paddle"),
         r"a list; expected a mapping.*PaddlePaddle writes weight, ",

@@ -27,9 +27,9 @@ def read(library: Library, entries, *, source="entries", hint="", steps=None, de
     averages = tuple(name for name in library.needed if name.endswith("hidden"))
     counts = tuple(name for name in library.needed if name not in averages)
     ignored = tuple(filter(None, (library.counter, *library.ignored)))
-    entries = one_layer(library, entries, source, hint)
+    given, entries = entries, one_layer(library, entries, source, hint)
     if not hint and not {mean, var, *library.needed} <= entries.keys() <= {*library.all_names}:
-        hint = advice(library, entries)
+        hint = advice(library, given)
     named = pick(source, entries, (mean, var, *averages), (scale, bias), hint, ignored, counts)
     named = {name: _without_ones(library, name, array) for name, array in named.items()}
     meaning = meant(library, named.pop(scale, None), named[mean])
