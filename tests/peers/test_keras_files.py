@@ -53,7 +53,7 @@ def test_keras(model, monkeypatch):
             assert a is None or a.tolist() == b.tolist()
 
 
-def test_onnx(monkeypatch):
+def test_onnx(tmp_path, monkeypatch):
     pytest.importorskip("onnx", reason="an environment of its own: see above")
     found = run(".onnx", FILES, monkeypatch)
     ((params, state),) = found["layers"].values()
@@ -65,6 +65,13 @@ def test_onnx(monkeypatch):
     (kernel,) = (numpy_helper.to_array(each) for each in graph.initializer if each.name == "onnx::Conv_11")
     ours = jbn.normalize_running(np.ones((1, 4), "f4") @ kernel[..., 0, 0].T, params, state, epsilon=1e-3)
     assert_allclose(ours[0], [0.640695333480835, 1.9040226936340332, -2.3565173149108887], rtol=1e-5)
+
+    moved = {"/stem/bn": (params._replace(bias=params.bias + 1), state._replace(mean=2 * state.mean))}
+    found["write_onnx"]("model.onnx", moved, tmp_path / "moved.onnx")
+    entries, _, _ = found["read_onnx"](tmp_path / "moved.onnx")
+    assert_allclose(entries["/stem/bn.B"], params.bias + 1)
+    assert_allclose(entries["/stem/bn.mean"], 2 * state.mean)
+    assert_allclose(entries["/stem/bn.var"], state.var)
 
     entries, _, operations = found["read_onnx"]("folded.onnx")
     assert not entries and operations == {"Conv": 1}
