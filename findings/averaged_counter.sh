@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# optax 0.2.8 with dm-haiku 0.0.17 (and jax 0.10.2): optax.incremental_update of a Haiku state makes a float of its counter:
-# int32 3 and 4, averaged with 0.1, are float32 3.1.
+# optax 0.2.8 with dm-haiku 0.0.17 (and jax 0.10.2): optax.incremental_update of a Haiku state makes a float of its
+# counter: int32 3 and 4, averaged with 0.1, are float32 3.1.
 #
 # Guess before: an integer is taken over as it is, or the dtype of the old tree is kept.
-# Seen: the counter is 3.1, a float32, and Haiku goes on with it without an error: `average` is hidden / (1 - decay^4.1) from
-# the next step on. A carry of lax.scan refuses it, as its dtype has changed; Equinox's `first_time`, a bool, becomes 0.1.
+# Seen: the counter is 3.1, a float32, and Haiku goes on with it without an error: `average` is hidden / (1 -
+# decay^4.1) from the next step on. A carry of lax.scan refuses it, as its dtype has changed; Equinox's `first_time`,
+# a bool, becomes 0.1.
 #
 #   findings/averaged_counter.sh [PYTHON]            a Python 3.11 or newer
 set -euo pipefail
@@ -33,7 +34,8 @@ _, after = network.apply(params, averaged, x)
 mean = after["batch_norm/~/mean_ema"]
 ratio = float((mean["average"] / mean["hidden"]).mean())
 flag = optax.incremental_update(jnp.array(False), jnp.array(True), 0.9)
-print(f"optax {optax.__version__}, haiku {hk.__version__}: {counter.dtype} {counter}, then {mean['counter']}; bool: {flag}")
+print(f"optax {optax.__version__}, haiku {hk.__version__}: {counter.dtype} {counter}, then {mean['counter']}")
+print(f"a bool that was False: {flag}")
 print(f"average / hidden {ratio:.4f}, 1 / (1 - 0.9^4.1) is {1 / (1 - 0.9**4.1):.4f}")
 assert counter.dtype == flag.dtype == jnp.float32 and abs(counter - 3.1) < 1e-6 and abs(flag - 0.1) < 1e-6
 assert abs(ratio - 1 / (1 - 0.9**4.1)) < 1e-4

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# e3nn-jax 0.21.0 with flax 0.12.8: a block of features that e3nn knows to be zero (a chunk that is None, as many of its
-# functions return) is not what the same zeros are: batch norm gives 0 for it, not the bias, and sets its running statistics to 0 and 1.
+# e3nn-jax 0.21.0 with flax 0.12.8: a block of features that e3nn knows to be zero (a chunk that is None, as many of
+# its functions return) is not what the same zeros are: batch norm gives 0 for it, not the bias, and sets its running
+# statistics to 0 and 1.
 #
 # Guess before: the same output, faster; a running mean that goes a tenth of the way to 0.
-# Seen: 0 in training and in evaluation, where zeros that are stored give the bias and (0 - mean) / std. Running mean and variance
-# of the block are set to 0 and 1 at once, also with use_running_average=True where batch_stats is mutable: what was learned
-# from all batches before is lost with one in which the block was left out.
+# Seen: 0 in training and in evaluation, where zeros that are stored give the bias and (0 - mean) / std. Running mean
+# and variance of the block are set to 0 and 1 at once, also with use_running_average=True where batch_stats is
+# mutable: what was learned from all batches before is lost with one in which the block was left out.
 #
 #   findings/e3nn_zero_block.sh [PYTHON]             a Python 3.11 or newer
 set -euo pipefail

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# onnxruntime 1.31.1, OpenVINO 2026.4.1 and TensorFlow 2.21.0: an empty batch in a training graph's batch norm. onnxruntime's
-# and TensorFlow's running statistics are NaN from then on, OpenVINO takes it as a batch of zeros without a variance.
+# onnxruntime 1.31.1, OpenVINO 2026.4.1 and TensorFlow 2.21.0: an empty batch in a training graph's batch norm.
+# onnxruntime's and TensorFlow's running statistics are NaN from then on, OpenVINO takes it as a batch of zeros
+# without a variance.
 #
 # Guess before: an error, or running statistics that stay: there is nothing to average in.
-# Seen: of a running mean of 300 and a variance of 4 onnxruntime makes NaN and NaN; OpenVINO 270 and 3.6, which nobody will see;
-# TensorFlow's fused operator NaN and NaN, also with a share of the new of 0.01.
+# Seen: of a running mean of 300 and a variance of 4 onnxruntime makes NaN and NaN; OpenVINO 270 and 3.6, which nobody
+# will see; TensorFlow's fused operator NaN and NaN, also with a share of the new of 0.01.
 #
 #   findings/empty_batch.sh [PYTHON]                 a Python 3.11
 set -euo pipefail

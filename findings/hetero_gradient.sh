@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# torch-geometric 2.8.1: HeteroBatchNorm is not BatchNorm with a type: in training no gradient goes through the batch's
-# mean and variance, epsilon is the least variance rather than added to it, and the variance is E[x^2] - E[x]^2.
+# torch-geometric 2.8.1: HeteroBatchNorm is not BatchNorm with a type: in training no gradient goes through the
+# batch's mean and variance, epsilon is the least variance rather than added to it, and the variance is E[x^2] -
+# E[x]^2.
 #
-# Guess before: with one type the output and the gradient are PyTorch's, and only the running variance (biased) differs.
-# Seen: outputs agree; the gradient of x is that of a fixed slope and shift: over 64 rows it sums to 19 where PyTorch's sums to 0.
-# At variance 1e-5 the output is 1.41 times PyTorch's; at mean 1e4 and standard deviation 1 it is off by 990.
+# Guess before: with one type the output and the gradient are PyTorch's, and only the running variance (biased)
+# differs.
+# Seen: outputs agree; the gradient of x is that of a fixed slope and shift: over 64 rows it sums to 19 where
+# PyTorch's sums to 0. At variance 1e-5 the output is 1.41 times PyTorch's; at mean 1e4 and standard deviation 1 it is
+# off by 990.
 #
 #   findings/hetero_gradient.sh [PYTHON]             a Python that PyTorch 2.13 is there for
 set -euo pipefail

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# MindSpore 2.10.0: a BatchNorm1d has other names alone than in a network: its running statistics are `mean` and `variance`, and
-# become `moving_mean` and `moving_variance` the moment it is made part of one.
+# MindSpore 2.10.0: a BatchNorm1d has other names alone than in a network: its running statistics are `mean` and
+# `variance`, and become `moving_mean` and `moving_variance` the moment it is made part of one.
 #
-# Guess before: gamma, beta, moving_mean, moving_variance, with the layer's name before them in a network; a file of the lone
-# layer loads into such a layer of a network by cutting that name off.
-# Seen: alone a checkpoint says mean and variance. Loaded into a network's layer gamma and beta are taken, the statistics are
-# not, without an error: load_param_into_net returns them in a list, and the network evaluates by 0 and 1.
+# Guess before: gamma, beta, moving_mean, moving_variance, with the layer's name before them in a network; a file of
+# the lone layer loads into such a layer of a network by cutting that name off.
+# Seen: alone a checkpoint says mean and variance. Loaded into a network's layer gamma and beta are taken, the
+# statistics are not, without an error: load_param_into_net returns them in a list, and the network evaluates by 0 and
+# 1.
 #
 #   findings/mindspore_names.sh [PYTHON]             a Python 3.11
 set -euo pipefail

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# onnx 1.23.2, onnxruntime 1.31.1: the reference evaluator reads a batch norm of opset 9 to 13 that has one output, which
-# is inference, as a step of training: it normalizes by 0.9 of the stored statistics and 0.1 of the batch's.
+# onnx 1.23.2, onnxruntime 1.31.1: the reference evaluator reads a batch norm of opset 9 to 13 that has one output,
+# which is inference, as a step of training: it normalizes by 0.9 of the stored statistics and 0.1 of the batch's.
 #
 # Guess before: the reference and onnxruntime agree on every opset, to rounding.
 # Seen: they do from opset 14 on, where training_mode says which is meant. On 9 and 13 they differ by 1.2 on values of
-# standard deviation 2, and the reference gives one row another output when others are beside it.
+# standard deviation 2, and the reference gives one row another output when others are beside it. A correction is open
+# as onnx/onnx#8442.
 #
 #   findings/onnx_reference_trains.sh [PYTHON]       a Python 3.11 or newer
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# PyTorch 2.13.0: torch.jit.trace of a network in training mode moves its running statistics five times, as its check of
-# the trace runs the network again, and again; without the check once. torch.export does not move them.
+# PyTorch 2.13.0: torch.jit.trace of a network in training mode moves its running statistics five times, as its check
+# of the trace runs the network again, and again; without the check once. torch.export does not move them.
 #
 # Guess before: once, as an example is run; the check is made on a copy, or puts back what it found.
-# Seen: num_batches_tracked is 5 after one call, and the running mean has gone 1 - 0.9^5 = 41 % of the way to the example's.
-# An example that is not data, such as torch.zeros, is what it went to.
+# Seen: num_batches_tracked is 5 after one call, and the running mean has gone 1 - 0.9^5 = 41 % of the way to the
+# example's. An example that is not data, such as torch.zeros, is what it went to.
 #
 #   findings/trace_moves_statistics.sh [PYTHON]      a Python that PyTorch 2.13 is there for
 set -euo pipefail
