@@ -34,9 +34,7 @@ ROWS = {
     "torchvision frozen": Library(
         "torchvision FrozenBatchNorm2d", "0.28.0", TORCH, True, 1.0, "", ignored=("num_batches_tracked",)
     ),
-    "timm": Library(
-        "timm BatchNormAct2d", "1.0.31", TORCH, True, 0.9, "new", counter="num_batches_tracked", read="PyTorch's layer"
-    ),
+    "timm": Library("timm BatchNormAct2d", "1.0.31", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
     "torch geometric": Library(
         "PyTorch Geometric BatchNorm",
         "2.8.1",
@@ -200,7 +198,7 @@ ROWS = {
         nameless="weights (beta, gamma) and state (mean, var, n_batches), in this order",
         read="it does not run here",
     ),
-    "treex": Library("treex", "0.6.12", FLAX, False, 0.99, "old", ignored=("momentum",), read="it does not run here"),
+    "treex": Library("treex", "0.6.12", FLAX, False, 0.99, "old", ignored=("momentum",)),
     "nflows": Library(
         "nflows",
         "0.14",
@@ -231,7 +229,6 @@ ROWS = {
         "",
         0.0,
         nameless="slope, mean, variance and bias, in this order",
-        read="run by hand, without a training step",
     ),
 }
 
