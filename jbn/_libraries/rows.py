@@ -185,7 +185,7 @@ ROWS = {
         "old",
         shape="[1, .., C]",
     ),
-    "jittor": Library("Jittor", "1.3.11", TORCH, False, 0.9, "new", read="it does not run here"),
+    "jittor": Library("Jittor", "1.3.11", TORCH, False, 0.9, "new", read="its core did not compile in 20 minutes"),
     "trax": Library(
         "Trax",
         "1.4.1",
@@ -196,7 +196,7 @@ ROWS = {
         counter="n_batches",
         shape="[1, .., C]",
         nameless="weights (beta, gamma) and state (mean, var, n_batches), in this order",
-        read="it does not run here",
+        read="it was not brought to run",
     ),
     "treex": Library("treex", "0.6.12", FLAX, False, 0.99, "old", ignored=("momentum",)),
     "nflows": Library(
