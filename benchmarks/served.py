@@ -109,10 +109,7 @@ class Network:
 
         @tf.function(input_signature=[tf.TensorSpec(self.tensorflow_x().shape, tf.float32)])
         def network(x):
-            if self.image:
-                y = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), 1, "VALID")
-            else:
-                y = tf.matmul(x, kernel.T)
+            y = tf.nn.conv2d(x, kernel.transpose(2, 3, 1, 0), 1, "VALID") if self.image else tf.matmul(x, kernel.T)
             if bias is not None:
                 y = tf.nn.bias_add(y, bias)
             if not folded:
@@ -163,24 +160,41 @@ NETWORKS = [
 ]
 
 
-def raw_input(folder):
-    """A norm of the input itself, at mean 1013 and a standard deviation of 0.5, as OpenVINO saves it."""
-    x = normal(64, 3, mean=1013, std=0.5)
-    held = {"scale": np.ones(3), "B": np.zeros(3), "mean": x.mean(0), "var": x.var(0)}
+def alone(x, mean, var, dtype, name="alone"):
+    """A norm of the input itself, with all else of `dtype`: the graph, and the right result."""
+    held = {"scale": np.ones(3), "B": np.zeros(3), "mean": mean, "var": var}
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
     graph = helper.make_graph(
         [helper.make_node("BatchNormalization", ["x", *held], ["y"])],
-        "raw input",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, x.shape)],
-        [numpy_helper.from_array(np.float32(value), name) for name, value in held.items()],
+        name,
+        [helper.make_tensor_value_info("x", kind, x.shape)],
+        [helper.make_tensor_value_info("y", kind, x.shape)],
+        [numpy_helper.from_array(np.asarray(value, dtype), name) for name, value in held.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    right = (x.astype(np.float64) - held["mean"]) / np.sqrt(held["var"] + 1e-5)
+    return model.SerializeToString(), (x.astype(np.float64) - mean) / np.sqrt(var + 1e-5)
+
+
+def precision(folder):
+    """What is saved, and what is computed in: of input far from 0."""
     core = openvino.Core()
+    x = normal(64, 3, mean=1013, std=0.5)
+    model, right = alone(x, x.mean(0), x.var(0), np.float32)
     for compress in (True, False):
-        openvino.save_model(core.read_model(model.SerializeToString()), folder / "raw.xml", compress_to_fp16=compress)
+        openvino.save_model(core.read_model(model), folder / "raw.xml", compress_to_fp16=compress)
         compiled = core.compile_model(folder / "raw.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         print(f"openvino, saved with compress_to_fp16={compress}: off by {np.abs(compiled(x)[0] - right).max():.2g}")
+    far = RANDOM.normal(1e8, 1, (64, 3)), 1e8, 1.0, np.float64
+    half = normal(64, 3, mean=3, std=2).astype(np.float16), 3.0, 4.0, np.float32
+    for what, (x, mean, var, dtype) in (("float64 at mean 1e8", far), ("float16 with float32", half)):
+        model, right = alone(x, np.full(3, mean), np.full(3, var), dtype)
+        (y,) = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        print(f"onnxruntime, {what}: off by {np.abs(y - right).max():.2g}")
+        try:
+            y = core.compile_model(core.read_model(model), "CPU")(x)[0]
+            print(f"openvino, {what}: {y.dtype}, off by {np.abs(y - right).max():.2g}")
+        except RuntimeError as error:
+            print(f"openvino, {what}: {str(error).strip().splitlines()[-1]}")
 
 
 def main():
@@ -197,7 +211,7 @@ def main():
                     form = "folded" if folded else "as it is"
                     print(f"| {network.name} | {server} | {form} | {off:.0e} | {', '.join(run)} |")
         print("\nVersions:", ", ".join(f"{name} {version(name)}" for name in SERVERS))
-        raw_input(Path(folder))
+        precision(Path(folder))
     sys.exit(bad)
 
 
