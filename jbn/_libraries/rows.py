@@ -130,7 +130,7 @@ ROWS = {
         nameless="leaves by their order",
         evaluation="The division leaves momentum^counter / (1 - momentum^counter) of the initial 1 in its variance.",
     ),
-    "onnx": Library("ONNX, training_mode=1", "1.31.1", ("scale", "B", "mean", "var"), False, 0.9, "old"),
+    "onnx": Library("ONNX in onnxruntime", "1.31.1", ("scale", "B", "mean", "var"), False, 0.9, "old"),
     "paddle": Library("PaddlePaddle", "3.3.1", ("weight", "bias", "_mean", "_variance"), False, 0.9, "old"),
     "mxnet": Library("MXNet Gluon", "1.9.1", MXNET, False, 0.9, "old", collections=("arg", "aux"), separators="./_"),
     "mxnet operator": Library(

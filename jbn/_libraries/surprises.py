@@ -24,8 +24,8 @@ SURPRISES = {
     "sonnet images": RANK,
     "equinox ema": "The first batch replaces the averages.",
     "equinox batch": "To evaluate, mean and variance are divided by 1 - momentum^counter.",
-    "onnx": "The operator's inputs have these names, its initializers have any. Exporters fold the norm away, or write "
-    "a network in training mode as one for inference, without a word.",
+    "onnx": "These are the inputs of the operator; initializers have any name. training_mode=1 moves the statistics. "
+    "Exporters fold the norm away, or write a network in training mode as one for inference, without a word.",
     "paddle": "PyTorch's first two names, and momentum is the weight of the old value. One value in training comes "
     "back as it is. use_global_stats=False evaluates by the batch.",
     "mxnet": BACKWARD,

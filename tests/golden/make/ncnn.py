@@ -1,6 +1,6 @@
 # python: 3.11
 # pip: ncnn==1.0.20261020 numpy==2.4.6
-"""ncnn's BatchNorm, which only evaluates: its .bin is slope, mean, variance and bias, here of averages made by NumPy."""
+"""ncnn's BatchNorm, which only evaluates: its .bin is slope, mean, variance and bias, of averages by NumPy."""
 
 from pathlib import Path
 
