@@ -8,7 +8,7 @@ BASE ?= main
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test quick faults peers lint format docs dist wheel bench same clean runs agree
+.PHONY: help train test quick faults peers lint format docs dist wheel goldens bench same clean runs agree
 
 help: ## List the targets (the default)
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 16
@@ -49,6 +49,9 @@ dist: $(VENV)/.dev ## Build wheel and sdist in dist/, 10 s
 
 wheel: runs dist ## Test the wheel with jax alone, from another folder, 6 min; VERSIONS="jax==0.10.0 jaxlib==0.10.0" TESTS="FILES"
 	TESTS="$(TESTS)" tests/wheel.sh $(PYTHON) $(VERSIONS)
+
+goldens: ## Write tests/golden/libraries again, each library in an environment of its own, 20 min; ARGS="paddle mxnet" picks
+	tests/golden/make.sh $(ARGS)
 
 bench: $(VENV)/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
 	$(BIN)/python benchmarks $(ARGS)

@@ -7,6 +7,9 @@
 | `KERAS` | 0.99 | 1e-3 | no | `momentum` | full |
 | `HAIKU` | 0.9 | 1e-5 | no | `decay_rate` | none: `jbn.init(features)` |
 
+`of("paddle")` has those of any library in docs/libraries.md. Haiku's decay_rate has no default: 0.9 is that of
+hk.nets.ResNet, and MobileNetV1 has 0.999.
+
 They are mappings that cannot be changed; one setting of another value is `TORCH | {"epsilon": 1e-3}`, and a dict to
 keep in a config `dict(TORCH)`. Evaluation and `jbn.fold_into` take the epsilon alone: `epsilon=TORCH["epsilon"]`.
 
@@ -22,6 +25,8 @@ Examples:
 from types import MappingProxyType
 from typing import TypedDict, cast
 
+from jbn._libraries.rows import row
+
 
 class Preset(TypedDict):
     """Arguments of `jbn.batch_norm`."""
@@ -31,20 +36,23 @@ class Preset(TypedDict):
     unbiased: bool
 
 
-def _preset(decay: float, epsilon: float, unbiased: bool) -> Preset:
-    # A type checker looks into the arguments only of a TypedDict.
-    return cast(Preset, MappingProxyType({"decay": decay, "epsilon": epsilon, "unbiased": unbiased}))
+def of(library: str) -> Preset:
+    """The default settings of a library, by its name as in `jbn.convert.from_library`.
+
+    Where nothing moves, as in "torchvision frozen", decay is 1. "e3nn" has the epsilon that goes with its converted
+    params.
+
+    Raises:
+      ValueError: no such library.
+
+    Examples:
+      >>> import jbn.presets
+      >>> dict(jbn.presets.of("chainer"))
+      {'decay': 0.9, 'epsilon': 2e-05, 'unbiased': True}
+    """
+    of_library = row(library)
+    settings = {"decay": of_library.decay, "epsilon": of_library.added, "unbiased": of_library.unbiased}
+    return cast(Preset, MappingProxyType(settings))  # a type checker looks into the arguments only of a TypedDict
 
 
-# torch.nn.BatchNorm1d, 2d and 3d and SyncBatchNorm: momentum 0.1, the weight of the new value; eps 1e-5. The running
-# variance is unbiased, the one that normalizes is not.
-TORCH = _preset(0.9, 1e-5, True)
-
-# flax.linen.BatchNorm and flax.nnx.BatchNorm: momentum 0.99, epsilon 1e-5.
-FLAX = _preset(0.99, 1e-5, False)
-
-# keras.layers.BatchNormalization: momentum 0.99, epsilon 1e-3.
-KERAS = _preset(0.99, 1e-3, False)
-
-# haiku.BatchNorm: eps 1e-5. decay_rate has no default there: 0.9 is that of hk.nets.ResNet. MobileNetV1 has 0.999.
-HAIKU = _preset(0.9, 1e-5, False)
+TORCH, FLAX, KERAS, HAIKU = map(of, ("torch", "flax", "keras", "haiku"))

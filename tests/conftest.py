@@ -6,6 +6,7 @@ import jax
 import pytest
 
 CORE = Path(__file__).parent
+collect_ignore_glob = ["golden/make/*"]  # each needs the library that it is of
 
 
 @pytest.fixture(autouse=True)

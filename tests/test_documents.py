@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import libraries
 import numpy as np
 import pytest
 
@@ -85,7 +86,7 @@ def test_the_folded_network_exported_is_the_network():
     assert "rsqrt" not in found["program"].mlir_module()
 
 
-@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md"])
+@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md", "docs/libraries.md"])
 def test_what_a_page_asserts(page):
     assert "assert" in "".join(snippets(page))
     run(page)
@@ -139,7 +140,7 @@ def test_every_public_name_is_on_a_page_of_the_api():
     pages = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     named = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     assert {f"jbn.{name}" for name in jbn.__all__} <= named
-    converters = {name for name in vars(jbn.convert) if name.startswith(("from_", "to_", "find_"))}
+    converters = {name for name in vars(jbn.convert) if name.startswith(("from_", "to_", "find"))}
     assert {f"jbn.convert.{name}" for name in converters} <= named
     functions = [name for name in jbn.__all__ if name[0].islower()]
     assert all(f"`{name}`" in (jbn.__doc__ or "") for name in functions)
@@ -170,6 +171,14 @@ def test_recipe(codes, imported):
     assert "assert" in check
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec("\n".join(codes), dict(imported))
+
+
+def test_the_tables_of_other_libraries():
+    page = (ROOT / "docs/libraries.md").read_text()
+    for part in libraries.parts():  # as `make bench ARGS=libraries` prints them
+        assert part in page
+    columns = re.findall(r"^\| (library \| evaluation .*) \|$", page, re.MULTILINE)
+    assert columns == [" | ".join(("library", *libraries.Differences._fields))]
 
 
 def test_the_version_is_that_of_the_changelog():

@@ -18,8 +18,8 @@ bin=$folder/venv/bin
 "$bin/python" -m pip install --quiet --constraint "$folder/constraints.txt" pytest pytest-xdist flatbuffers
 mkdir "$folder/tests"
 cp conftest.py pyproject.toml "$folder"
-cp -r tests/*.py tests/golden benchmarks/hlo.py benchmarks/conversion.py "$folder/tests"
-rm "$folder"/tests/{test_documents,test_faults,faults}.py  # README, docs and the table of faults are not in the wheel
+cp -r tests/*.py tests/golden benchmarks/hlo.py benchmarks/conversion.py benchmarks/libraries.py "$folder/tests"
+rm "$folder"/tests/{test_documents,test_files,test_faults,faults}.py  # README, docs and the table of faults are not in the wheel
 cd "$folder"
 "$bin/python" -m pytest -p conftest --doctest-ignore-import-errors --pyargs jbn
 "$bin/python" -m pytest --numprocesses 2 --dist loadfile ${TESTS:-tests}

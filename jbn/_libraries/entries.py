@@ -12,24 +12,28 @@ from jbn._door.fields import check_fields
 from jbn._types import Params, State, statistics_dtype
 
 
-def pick(source, entries, required, optional, hint="", ignored=()) -> dict[str, np.ndarray]:
-    """The arrays of `entries` by name: all of `required`, some of `optional`, no other than those `ignored`."""
+def pick(source, entries, required, optional, hint="", ignored=(), counts=()) -> dict[str, np.ndarray]:
+    """The arrays of `entries` by name: all of `required`, some of `optional`, no other than `counts` and `ignored`.
+
+    `counts` have to be there, and are not floating-point.
+    """
     if not isinstance(entries, Mapping):
         raise TypeError(
             f"{source} is a {type(entries).__name__}; expected a mapping of names to arrays. {hint}".strip()
         )
     given = {name: value for name, value in entries.items() if value is not None}
-    missing = [name for name in required if name not in given]
-    unknown = [name for name in given if name not in (*required, *optional, *ignored)]
+    missing = [name for name in (*required, *counts) if name not in given]
+    unknown = [name for name in given if name not in (*required, *counts, *optional, *ignored)]
     if missing or unknown:
         faults = [f"missing: {', '.join(missing)}"] * bool(missing)
         faults += [f"unknown: {', '.join(map(str, unknown))}"] * bool(unknown)
-        may = f"{' and, ' if required else ''}where the layer has them, {', '.join((*optional, *ignored))}"
         raise ValueError(
-            f"{source} has {listed(entries)}; expected {', '.join(required)}{may * bool((*optional, *ignored))} "
-            f"({'; '.join(faults)}). {hint}".strip()
+            f"{source} has {listed(entries)}; expected {', '.join((*required, *counts))} and, where the layer has "
+            f"them, {', '.join((*optional, *ignored))} ({'; '.join(faults)}). {hint}".strip()
         )
-    return {name: as_entry(f"{source}[{name!r}]", value) for name, value in given.items() if name not in ignored}
+    return {
+        name: as_entry(f"{source}[{name!r}]", value) for name, value in given.items() if name not in (*counts, *ignored)
+    }
 
 
 def listed(entries) -> str:
@@ -40,9 +44,12 @@ def listed(entries) -> str:
 
 
 def as_entry(name, given) -> np.ndarray:
-    if hasattr(given, "detach"):  # a tensor of PyTorch
-        given = given.detach().cpu()
-        narrow = str(given.dtype) == "torch.bfloat16"  # which NumPy cannot hold
+    if hasattr(given, "asnumpy"):  # of MXNet and MindSpore
+        given = given.asnumpy()
+    elif hasattr(given, "detach"):  # a tensor of PyTorch, PaddlePaddle, MegEngine or tinygrad
+        given = given.detach()
+        given = given.cpu() if hasattr(given, "cpu") else given
+        narrow = str(given.dtype).endswith(".bfloat16")  # which NumPy cannot hold
         given = given.float().numpy().astype(jnp.bfloat16) if narrow else given.numpy()
     try:
         array = np.asarray(given)
@@ -54,8 +61,11 @@ def as_entry(name, given) -> np.ndarray:
     return array
 
 
-def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
-    """Copies of what `names` says is scale, bias, mean and var; less the initial values where `steps` are given."""
+def assemble(named, names, steps=None, decay=None, start=1.0) -> tuple[Params, State]:
+    """Copies of what `names` says is scale, bias, mean and var; less the initial values where `steps` are given.
+
+    `start` is the initial variance.
+    """
     shapes = {name: list(array.shape) for name, array in named.items()}
     if len({*map(tuple, shapes.values())}) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -77,36 +87,39 @@ def assemble(named, names, steps=None, decay=None) -> tuple[Params, State]:
             )
     weight = 1.0
     if steps is not None or decay is not None:
-        mean, var, weight = _without_start(mean, var, steps, decay)
+        mean, var, weight = _without_start(mean, var, steps, decay, start)
     dtype = statistics_dtype(*(named[name].dtype for name in names[2:]))
     statistics = (jnp.array(np.asarray(field).astype(dtype)) for field in (mean, var, np.full(mean.shape, weight)))
     params = (None if field is None else jnp.array(field) for field in (scale, bias))
     return Params(*params), State(*statistics)
 
 
-def _without_start(mean, var, steps, decay):
-    """Mean, variance and weight, less an initial mean 0 and variance 1 that have decayed for so many steps."""
+def _without_start(mean, var, steps, decay, start):
+    """Mean, variance and weight, less an initial mean 0 and variance `start` that have decayed for so many steps."""
     if steps is None or decay is None:
         raise ValueError(
-            f"steps is {steps} and decay is {decay}; expected both, to take out the initial mean 0 and variance 1, or "
-            f"neither, to keep them as data. PyTorch counts steps in num_batches_tracked; decay is 1 - its momentum."
+            f"steps is {steps} and decay is {decay}; expected both, to take out the initial mean 0 and variance "
+            f"{start:g}, or neither, to keep them as data. PyTorch counts steps in num_batches_tracked; decay is 1 - "
+            f"its momentum."
         )
     left = check_decay(decay) ** check_steps(steps)
     if left == 1:
-        if np.any(mean != 0) or np.any(var != 1):
+        if np.any(mean != 0) or np.any(var != start):
             raise ValueError(
-                "steps is 0, and the running statistics are not the initial mean 0 and variance 1; expected the steps "
-                "since the start. A layer that was given its statistics, as by to_torch, has not counted them."
+                f"steps is 0, and the running statistics are not the initial mean 0 and variance {start:g}; expected "
+                f"the steps since the start. A layer that was given its statistics, as by to_torch, has not counted "
+                f"them."
             )
-        return mean, var, 0.0
-    # A variance is at least what is left of the initial 1, but for the rounding of every step.
-    if np.any(var.astype(np.float64) < left * (1 - 1e-3) - float(jnp.finfo(var.dtype).eps)):
+        return mean, np.ones_like(var), 0.0
+    # A variance is at least what is left of the initial one, but for the rounding of every step.
+    kept = left * start
+    if np.any(var.astype(np.float64) < kept * (1 - 1e-3) - float(jnp.finfo(var.dtype).eps)):
         raise ValueError(
-            f"steps is {steps} and decay is {decay}, by which {left:.4g} of the initial variance 1 is left, and the "
-            f"least running variance is {np.min(var):.4g}; expected the steps since the start, all with that decay "
-            f"(one minus PyTorch's momentum)."
+            f"steps is {steps} and decay is {decay}, by which {left:.4g} of the initial variance {start:g} is left, "
+            f"and the least running variance is {np.min(var):.4g}; expected the steps since the start, all with that "
+            f"decay (one minus PyTorch's momentum)."
         )
-    mean, var = mean.astype(np.float64) / (1 - left), (var.astype(np.float64) - left) / (1 - left)
+    mean, var = mean.astype(np.float64) / (1 - left), (var.astype(np.float64) - kept) / (1 - left)
     return mean, np.maximum(var, 0), 1 - left
 
 

@@ -1,0 +1,36 @@
+# python: 3.10
+# pip: jittor==1.3.11.0 numpy==1.26.4
+"""Jittor's BatchNorm by jittor.save. It compiles itself when it is imported: g++ and the headers of Python are needed."""
+
+import os
+
+os.environ.setdefault("nvcc_path", "")  # no CUDA
+
+import jittor
+from make.golden import BIAS, SCALE, write
+
+layer = jittor.nn.BatchNorm(3)
+layer.load_parameters({"weight": SCALE, "bias": BIAS})
+
+
+def apply(x, train):
+    layer.train() if train else layer.eval()
+    return layer(jittor.array(x)).numpy()
+
+
+def entries():
+    jittor.save(layer.state_dict(), "layer.pkl")
+    return {name: jittor.array(value).numpy() for name, value in jittor.load("layer.pkl").items()}
+
+
+write(
+    "jittor",
+    package="jittor",
+    train=lambda x: apply(x, True),
+    evaluate=lambda x: apply(x, False),
+    entries=entries,
+    running=lambda held: (held["running_mean"], held["running_var"]),
+    decay=1 - layer.momentum,
+    epsilon=layer.eps,
+    unbiased=False,
+)
