@@ -1,6 +1,6 @@
 # python: 3.10
 # pip: jittor==1.3.11.0 numpy==1.26.4
-"""Jittor's BatchNorm by jittor.save. It compiles itself when it is imported: g++ and the headers of Python are needed."""
+"""Jittor's BatchNorm by jittor.save. It compiles itself when imported: g++ and the headers of Python are needed."""
 
 import os
 
