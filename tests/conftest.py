@@ -23,6 +23,14 @@ def _x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def _compiled_quickly():
+    """For tests of what is computed to some digits, by programs that run once: most of their time is compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def compilations():
     """What is traced or compiled from here on: a list that grows."""
