@@ -131,6 +131,32 @@ def test_gradient_and_hessian(rule, weights, nestings):
 
 
 @float64
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_textbook_by_finite_differences(kind):
+    """Gradient and Hessian that the others are compared with, by central differences of NumPy's batch norm."""
+    orders, vector, unravel = textbook_orders()
+    weights, start = as_numbers(WEIGHTS[kind])[:, None], np.asarray(vector)
+
+    def scalar(vector):
+        x, scale, bias, epsilon = (np.asarray(part) for part in unravel(vector))
+        _, mean, var = reference.moments(x, weights)
+        y = np.where(weights > 0, reference.normalize(x, mean, var, scale, bias, epsilon), 0)
+        y = (y + np.sin(mean) * np.log(var + epsilon)).ravel()
+        return np.sum(np.cos(3 * np.arange(y.size)) * (y + np.sin(y)))
+
+    def along(f, direction, step=1e-3):
+        """Of fourth order, as its error is of the step."""
+        ahead, further = (f(start + n * step * direction) - f(start - n * step * direction) for n in (1, 2))
+        return (8 * ahead - further) / (12 * step)
+
+    gradient, (hessian,) = orders(vector, weights[:, 0])
+    every = np.eye(start.size)
+    assert_allclose(gradient, [along(scalar, each) for each in every], rtol=1e-6, atol=1e-6)
+    of_gradient = [along(lambda v: np.asarray(orders(v, weights[:, 0])[0]), each) for each in every]
+    assert_allclose(hessian, of_gradient, rtol=1e-5, atol=1e-5)
+
+
+@float64
 def test_third_order():
     vector, unravel = ravel_pytree(arguments())
 
