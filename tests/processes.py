@@ -16,11 +16,10 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from importlib.metadata import version
 from itertools import product
 
-# What takes the most of their compiling; later versions of XLA do not know it, and of JAX's own settings it is none.
-QUICKLY = "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.11" else ""
+import compiling
+
 FORMS = ((4, 2), (4, 1), (2, 2), (2, 1))  # processes, and devices of each
 
 
@@ -152,7 +151,7 @@ def main():
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compiling
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} {QUICKLY}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} {compiling.FLAGS}"
     import jax  # reads all three
 
     take_programs()

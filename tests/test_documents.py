@@ -17,7 +17,6 @@ import jbn
 import jbn.convert
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("_compiled_quickly")
 
 
 def snippets(page):

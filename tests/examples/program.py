@@ -20,6 +20,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest looks already
 
+import compiling
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -38,7 +39,7 @@ class Worker:
     def __init__(self, devices: int, **variables: str):
         environment = os.environ | variables
         environment |= {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {processes.QUICKLY}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the rest is compiling
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
