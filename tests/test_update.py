@@ -298,8 +298,6 @@ def test_empty_moments_have_the_shapes_and_dtypes_of_the_states():
         assert dtypes(empty["a"]) == [jnp.float32] * 5
         assert dtypes(empty["b"][0]) == [jnp.float64] * 5
         assert empty["steps"] == 3
-    with pytest.raises(TypeError, match=r"state is a Moments, which accumulates in training"):
-        jbn.batch_norm(jnp.ones((2, 2, 3)), jbn.init((2, 3))[0], empty["a"], train=False, feature_axis=(1, 2))
 
 
 def test_what_is_measured_in_float64_is_known_further_away():
