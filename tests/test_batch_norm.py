@@ -92,15 +92,6 @@ def test_values_are_plain_pytrees(params):
         assert type(jax.tree.map(np.shape, value)) is type(value)
 
 
-def test_vmap_over_an_ensemble():
-    params, state = jax.tree.map(lambda a: np.stack([a, a + np.float32(0.5)]), (PARAMS, STATE))
-    got = jax.jit(jax.vmap(partial(jbn.batch_norm, train=True), (None, 0, 0)))(sample(), params, state)
-    for member in range(2):
-        own = lambda tree, member=member: jax.tree.map(lambda a: np.asarray(a)[member], tree)  # noqa: E731
-        expected = jbn.batch_norm(sample(), *own((params, state)), train=True)
-        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), own(got), expected)
-
-
 def test_a_bad_batch_does_not_poison_the_state():
     bad = sample()
     bad[2, 1] = np.nan

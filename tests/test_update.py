@@ -224,14 +224,6 @@ def test_dtypes_of_the_state_never_change(of_state, of_x):
         assert_allclose(np.float64(after.mean), np.float64(x).mean(0), rtol=2e-2)
 
 
-def test_replicas_merged_before_evaluation_keep_the_variance_between_them():
-    """Averaging the replicas' variances loses it: 0.87 for 2.07."""
-    rng = np.random.default_rng(6)
-    x = np.concatenate([rng.normal(mean, 1, (50, FEATURES)) for mean in (-1.5, 0, 1.5)]).astype(np.float32)
-    merged = jax.jit(jbn.merge)(*map(moments, np.split(x, 3)))
-    assert_allclose(update(FRESH, merged).var, np.float64(x).var(0, ddof=1), rtol=1e-5)
-
-
 def test_moments_in_the_place_of_a_state_accumulate_in_a_scan():
     """One update by what microbatches of uneven masks gave is the update by the whole batch; a NaN is left out."""
     rng = np.random.default_rng(8)
