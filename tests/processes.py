@@ -28,7 +28,7 @@ def sharing_programs(folder):
 
     Each of them calls `take_programs` too.
     """
-    timeout = {"JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "60000"}
+    timeout = {"JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "300000"}
     return timeout | {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder)}
 
 
@@ -39,7 +39,7 @@ def take_programs():
     cache_key._hash_accelerator_config = lambda *_: None
 
 
-def launch(processes=4, devices=2, limit=120):
+def launch(processes=4, devices=2, limit=300):
     """What each process prints: a list of [[processes, devices], way, dtype, masked, offset, differences].
 
     Where one fails, or they take more than `limit` seconds, all are killed and RuntimeError says what they wrote.

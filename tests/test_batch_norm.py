@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
+from ways import PARAMS
 
 import jbn
 
 FEATURES = 3
-PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
 STATE = jbn.State(np.float32([1, 2, 3]), np.float32([0.25, 1, 9]), np.full(FEATURES, 0.5, np.float32))
 MASK = np.array([True, False, True, True, False, True, True, True])
 
