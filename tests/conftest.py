@@ -7,6 +7,10 @@ import pytest
 
 CORE = Path(__file__).parent
 collect_ignore_glob = ["golden/make/*"]  # each needs the library that it is of
+COMPILED_QUICKLY = (
+    *("activation", "batch_norm", "documents", "drift", "feature_weights", "groups", "members", "recalibrate"),
+    *("subgroups", "sync", "units"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +26,19 @@ def _strict(request):
 def _x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly(request):
+    """For most of the time of these is compiling, and what they tell apart is more than rounding."""
+    if request.path.stem.removeprefix("test_") not in COMPILED_QUICKLY:
+        yield
+        return
+    for quickly in (True, False):
+        jax.clear_caches()  # what is there was compiled in the other way
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        if quickly:
+            yield
 
 
 @pytest.fixture

@@ -23,11 +23,14 @@ def main():
     for way in ways.WAYS:
         cases = product(OFFSETS, (False, True))
         show(way, [(offset, ways.compare(way, masked=masked, offset=offset)) for offset, masked in cases])
-    for count, devices in product((2, 4), (1, 2)):
-        rows = [row for part in processes.launch(count, devices) for row in part if row[1] == "float32"]
-        for way in processes.WAYS:
-            found = [(offset, differences) for name, _, _, offset, differences in rows if name == way]
-            show(f"{count} x {devices}, {way}", found)
+    rows = [row for part in processes.launch() for row in part]
+    for (count, devices), way in product(processes.FORMS, ("shard_map", "shard_map unchecked", "automatic")):
+        found = [
+            (offset, differences)
+            for form, name, dtype, _, offset, differences in rows
+            if (form, name, dtype) == ([count, devices], way, "float32")
+        ]
+        show(f"{count} x {devices}, {way}", found)
 
 
 def show(way, found):

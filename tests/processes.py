@@ -1,6 +1,7 @@
 """Several processes that train on one batch together over loopback, each with its own rows and devices.
 
-`launch` starts them. By hand, each in a shell of its own:
+`launch` starts as many as the largest form takes; in the others some of them, or of their devices, are left out. By
+hand, each in a shell of its own:
 
     python tests/processes.py --coordinator 127.0.0.1:1234 --processes 2 --process 0 --devices 1
     python tests/processes.py --coordinator 127.0.0.1:1234 --processes 2 --process 1 --devices 1
@@ -17,11 +18,29 @@ import time
 from contextlib import ExitStack
 from itertools import product
 
-WAYS = ("shard_map", "shard_map unchecked", "automatic")
+import compiling
+
+FORMS = ((4, 2), (4, 1), (2, 2), (2, 1))  # processes, and devices of each
 
 
-def launch(processes, devices, limit=120):
-    """What each process prints: a list of [way, dtype, masked, offset, differences].
+def sharing_programs(folder):
+    """Environment of processes of which the first compiles what spans them, for all, and keeps it in `folder`.
+
+    Each of them calls `take_programs` too.
+    """
+    timeout = {"JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "300000"}
+    return timeout | {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder)}
+
+
+def take_programs():
+    """Of CPUs JAX gives each process names of its own for a program: by those of its devices, which are left out."""
+    from jax._src import cache_key
+
+    cache_key._hash_accelerator_config = lambda *_: None
+
+
+def launch(processes=4, devices=2, limit=300):
+    """What each process prints: a list of [[processes, devices], way, dtype, masked, offset, differences].
 
     Where one fails, or they take more than `limit` seconds, all are killed and RuntimeError says what they wrote.
     """
@@ -30,12 +49,14 @@ def launch(processes, devices, limit=120):
         coordinator = f"127.0.0.1:{unused.getsockname()[1]}"
     with ExitStack() as stack:
         workers, outputs, logs = [], [], []
+        environment = os.environ | sharing_programs(stack.enter_context(tempfile.TemporaryDirectory()))
         for process in range(processes):
             options = {"coordinator": coordinator, "processes": processes, "process": process, "devices": devices}
             command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
             outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
             logs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
-            workers.append(stack.enter_context(subprocess.Popen(command, stdout=outputs[-1], stderr=logs[-1])))
+            streams = {"stdout": outputs[-1], "stderr": logs[-1]}
+            workers.append(stack.enter_context(subprocess.Popen(command, env=environment, **streams)))
             stack.callback(workers[-1].kill)
         deadline = time.monotonic() + limit
         while None in (codes := [worker.poll() for worker in workers]) or any(codes):
@@ -50,31 +71,45 @@ def read(file):
     return file.read()
 
 
-def work(process, processes):
-    """The largest differences from float64 of this process's part, for each way and case."""
+def work(process):
+    """The largest differences from float64 of this process's part, for each form it has a part in, way and case."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import ways
     from jax.sharding import NamedSharding
 
-    mesh = ways.mesh(i=jax.device_count())
+    def placed_on(mesh, processes):
+        def place(tree, spec):
+            def own(a):
+                if isinstance(a, jax.Array) and not a.is_fully_addressable:
+                    return a  # the state of the step before
+                part = np.split(a, processes)[process] if spec else np.asarray(a)
+                return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), part)
 
-    def place(tree, spec):
-        def own(a):
-            if isinstance(a, jax.Array) and not a.is_fully_addressable:
-                return a  # the state of the step before
-            part = np.split(a, processes)[process] if spec else np.asarray(a)
-            return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), part)
+            return jax.tree.map(own, tree)
 
-        return jax.tree.map(own, tree)
+        return place
 
+    by_process = np.reshape(jax.devices(), (jax.process_count(), -1))
+    forms = [form for form in FORMS if np.all(np.less_equal(form, by_process.shape))]
+    cases = (jnp.float32, False), (jnp.float32, True), (jnp.bfloat16, True)  # statistics are float32 in all
     rows = []
-    cases = (jnp.float32, False), (jnp.bfloat16, True)  # statistics are float32 in both
-    for way, (dtype, masked), offset in product(WAYS, cases, (0.0, 1e3)):
-        found = ways.compare(way, dtype, masked, offset, place)
-        rows.append([way, jnp.dtype(dtype).name, masked, offset, found])
-    return [*rows, ["recalibrate", "float32", True, 0.0, recalibrated(mesh, place)]]
+    # Every other of all combinations: each form has each way and each case, and each way each case twice.
+    for form, way, (dtype, masked) in list(product(forms, ways.over(by_process.ravel()), cases))[::2]:
+        processes, devices = form
+        if process >= processes:
+            continue
+        held = list(by_process[:processes, :devices].ravel())
+        name, place = f"{processes} x {devices}, {way}", placed_on(ways.mesh(devices=held, i=len(held)), processes)
+        ways.WAYS[name] = ways.over(held)[way]
+        for offset in (0.0, 1e3):
+            rows.append(
+                [form, way, jnp.dtype(dtype).name, masked, offset, ways.compare(name, dtype, masked, offset, place)]
+            )
+    mesh = ways.mesh(i=jax.device_count())
+    found = recalibrated(mesh, placed_on(mesh, jax.process_count()))
+    return [*rows, [by_process.shape, "recalibrate", "float32", True, 0.0, found]]
 
 
 def recalibrated(mesh, place):
@@ -116,9 +151,10 @@ def main():
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compiling
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} {compiling.FLAGS}"
     import jax  # reads all three
 
+    take_programs()
     patience = 30  # seconds, rather than minutes, until the loss of a process is seen
     jax.distributed.initialize(
         args.coordinator,
@@ -130,7 +166,7 @@ def main():
     )
     if jax.device_count() != args.processes * args.devices:
         raise RuntimeError(f"{jax.device_count()} devices; expected {args.processes} x {args.devices}.")
-    print(json.dumps(work(args.process, args.processes)))
+    print(json.dumps(work(args.process)))
 
 
 if __name__ == "__main__":

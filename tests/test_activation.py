@@ -11,13 +11,11 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from test_derivatives import MASK, WEIGHTS, arguments, as_numbers, assert_close, float64, jit, textbook, weigh
 from test_straight import lowered_for
+from ways import PARAMS, SHAPE, STATE
 
 import jbn
 
 ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
-SHAPE = (16, 4, 3)
-PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
-STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
 X, DY = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
 
 

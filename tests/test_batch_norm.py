@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import reference
 from numpy.testing import assert_allclose, assert_array_equal
+from ways import PARAMS
 
 import jbn
 
 FEATURES = 3
-PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
 STATE = jbn.State(np.float32([1, 2, 3]), np.float32([0.25, 1, 9]), np.full(FEATURES, 0.5, np.float32))
 MASK = np.array([True, False, True, True, False, True, True, True])
 
@@ -90,15 +90,6 @@ def test_values_are_plain_pytrees(params):
         assert type(again) is type(value)
         assert_same(again, value)
         assert type(jax.tree.map(np.shape, value)) is type(value)
-
-
-def test_vmap_over_an_ensemble():
-    params, state = jax.tree.map(lambda a: np.stack([a, a + np.float32(0.5)]), (PARAMS, STATE))
-    got = jax.jit(jax.vmap(partial(jbn.batch_norm, train=True), (None, 0, 0)))(sample(), params, state)
-    for member in range(2):
-        own = lambda tree, member=member: jax.tree.map(lambda a: np.asarray(a)[member], tree)  # noqa: E731
-        expected = jbn.batch_norm(sample(), *own((params, state)), train=True)
-        jax.tree.map(partial(assert_allclose, rtol=1e-5, atol=1e-6), own(got), expected)
 
 
 def test_a_bad_batch_does_not_poison_the_state():

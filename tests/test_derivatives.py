@@ -3,6 +3,7 @@
 from functools import cache, partial
 from itertools import product
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,8 @@ from numpy.testing import assert_allclose
 import jbn
 
 ROWS, FEATURES = 6, 3
-# What is compared here are formulas in float64: leaving out the compiler's optimizations saves a third of the time.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# What is compared here are formulas in float64: leaving out the compiler's optimizations saves half of the time.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} | compiling.OPTIONS)
 MASK = np.array([True, True, False, True, True, True])
 WEIGHTS = {"plain": None, "mask": MASK, "real": np.array([0.5, 2.0, 0.0, 1.0, 3.0, 0.25])}
 
@@ -128,6 +129,32 @@ def test_gradient_and_hessian(rule, weights, nestings):
     assert_close(got_gradient, gradient)
     for got in hessians:
         assert_close(got, hessian)
+
+
+@float64
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_textbook_by_finite_differences(kind):
+    """Gradient and Hessian that the others are compared with, by central differences of NumPy's batch norm."""
+    orders, vector, unravel = textbook_orders()
+    weights, start = as_numbers(WEIGHTS[kind])[:, None], np.asarray(vector)
+
+    def scalar(vector):
+        x, scale, bias, epsilon = (np.asarray(part) for part in unravel(vector))
+        _, mean, var = reference.moments(x, weights)
+        y = np.where(weights > 0, reference.normalize(x, mean, var, scale, bias, epsilon), 0)
+        y = (y + np.sin(mean) * np.log(var + epsilon)).ravel()
+        return np.sum(np.cos(3 * np.arange(y.size)) * (y + np.sin(y)))
+
+    def along(f, direction, step=1e-3):
+        """Of fourth order, as its error is of the step."""
+        ahead, further = (f(start + n * step * direction) - f(start - n * step * direction) for n in (1, 2))
+        return (8 * ahead - further) / (12 * step)
+
+    gradient, (hessian,) = orders(vector, weights[:, 0])
+    every = np.eye(start.size)
+    assert_allclose(gradient, [along(scalar, each) for each in every], rtol=1e-6, atol=1e-6)
+    of_gradient = [along(lambda v: np.asarray(orders(v, weights[:, 0])[0]), each) for each in every]
+    assert_allclose(hessian, of_gradient, rtol=1e-5, atol=1e-5)
 
 
 @float64

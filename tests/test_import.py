@@ -1,4 +1,4 @@
-"""`import jbn` loads jax alone, and a layer for a framework that is not there says what to install."""
+"""`import jbn` and its conversions load jax alone; a layer for a framework that is not there says what to install."""
 
 import os
 import subprocess
@@ -18,8 +18,10 @@ def run(program, *folders):
 
 
 def loaded(first, *folders):
-    """Which optional packages are loaded after `first` and `import jbn`."""
-    program = f"{first}\nimport jbn, sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    """Which optional packages are loaded after `first` and what needs none of them."""
+    program = (
+        f"{first}\nimport jbn.convert, jbn.presets, sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    )
     return set(run(program, *folders).split()) & set(OPTIONAL)
 
 

@@ -49,15 +49,6 @@ def test_every_layout(layout, kind):
             close(got, wanted)
 
 
-def test_features_come_in_the_order_of_x():
-    x, params, state = cases.batch((4, 2, 5, 3), (1, 3))
-    assert params.scale.shape == (2, 3)
-    f = jax.jit(jbn.batch_norm, static_argnames=("train", "feature_axis"))
-    wanted = f(x, params, state, train=True, feature_axis=(1, 3))
-    for given in ((3, 1), (3, -3)):
-        jax.tree.map(np.testing.assert_array_equal, f(x, params, state, train=True, feature_axis=given), wanted)
-
-
 def test_a_transposed_or_strided_array_is_no_other():
     x, params, state = cases.batch((6, 8, 3))
     same = np.asfortranarray(x), x[:, ::-1][:, ::-1], np.ascontiguousarray(x.transpose(2, 0, 1)).transpose(1, 2, 0)

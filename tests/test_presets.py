@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -35,10 +34,4 @@ def test_they_cannot_be_changed(name):
     with pytest.raises(TypeError, match="assignment"):
         ALL[name]["decay"] = 0.5
     assert (ALL[name] | {"decay": 0.5})["decay"] == 0.5
-    assert ALL[name]["decay"] > 0.5
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_they_are_arguments_of_batch_norm(name):
-    assert set(ALL[name]) == {"decay", "epsilon", "unbiased"}
-    assert jnp.isfinite(jbn.batch_norm(X, *jbn.init(3), train=True, **ALL[name])[0]).all()
+    assert ALL[name]["decay"] > 0.5 and set(ALL[name]) == {"decay", "epsilon", "unbiased"}

@@ -12,12 +12,10 @@ import ways
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
-from ways import PARAMS
+from ways import PARAMS, STATE
 
 import jbn
 
-# Variances and weights away from 0 and 1, so that a state that is left alone differs from one that is made anew.
-STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
 # One of each kind: where the rows, the features or the members are split, by hand and by the compiler.
 KINDS = (
     "one device",

@@ -9,11 +9,11 @@ import pytest
 import reference
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
+from ways import PARAMS
 
 import jbn
 
 FEATURES = 3
-PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
 STATE = jbn.State(np.float32([1, 2, 3]), np.float32([4, 1, 9]), np.full(FEATURES, 0.5, np.float32))
 FRESH = jbn.State(np.zeros(FEATURES, np.float32), np.ones(FEATURES, np.float32), np.zeros(FEATURES, np.float32))
 UNITS = [1e-6, 0.37, 2.0, 1e6]

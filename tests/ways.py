@@ -25,6 +25,8 @@ import jbn
 
 SHAPE = (16, 4, 3)
 PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
+# Variances and weights away from 0 and 1, so that a state that is left alone differs from one that is made anew.
+STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))
 STEPS = 10
 EVERYWHERE = P()
 OUTPUTS = ("y", "mean", "var", "weight", "dx", "dscale", "dbias")
@@ -58,8 +60,8 @@ def step(normalize, line, x, weights, dy, params, state, axis_name=None):
     return y, after, dx, line(dparams, axis_name)
 
 
-def mesh(axis_type=AxisType.Auto, **axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes))
+def mesh(axis_type=AxisType.Auto, devices=None, **axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(axis_type,) * len(axes), devices=devices)
 
 
 def over_lanes(step, transforms, **axes):
@@ -101,13 +103,13 @@ def of_operands_in(shardings, f, **options):
     return run
 
 
-def in_shard_map(step, check_vma, axis_type=AxisType.Auto, features=None, **axes):
+def in_shard_map(step, check_vma, axis_type=AxisType.Auto, features=None, devices=None, **axes):
     """`shard_map` over as many leading axes of the batch as the mesh has, or the last of them over the features."""
     names = tuple(name for name in axes if name != features)
     data, vectors = P(*names, None, features) if features else P(*names), P(features)
     in_specs, out_specs = (data, P(*names), data, vectors, vectors), (data, vectors, data, vectors)
     local = partial(step, axis_name=names if len(names) > 1 else names[0])
-    own = mesh(axis_type, **axes)
+    own = mesh(axis_type, devices, **axes)
     split = jax.shard_map(local, mesh=own, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     if axis_type == AxisType.Auto:
         return jax.jit(split)
@@ -170,9 +172,9 @@ def in_scan(step, check_vma):
     return jax.jit(split)
 
 
-def over_sharded_arrays(step, axis_type, rows, vectors=EVERYWHERE, **axes):
+def over_sharded_arrays(step, axis_type, rows, vectors=EVERYWHERE, devices=None, **axes):
     """Plain `jit` over sharded arrays; no name is given."""
-    own = mesh(axis_type, **axes)
+    own = mesh(axis_type, devices, **axes)
     batch, mask, vectors = (NamedSharding(own, spec) for spec in (rows, P(*rows[:2]), vectors))
     out = {"out_shardings": (batch, vectors, batch, vectors)} if axis_type == AxisType.Auto else {}
     return of_operands_in((batch, mask, batch, vectors, vectors), step, **out)
@@ -200,8 +202,8 @@ WAYS = {
     "nested vmap": Way(lambda step: over_lanes(step, [jax.vmap, jax.vmap], a=4, b=2), psum),
     "pmap": Way(lambda step: over_lanes(step, [jax.pmap], i=8), psum),
     "vmap in pmap": Way(lambda step: over_lanes(step, [jax.pmap, jax.vmap], a=4, b=2), psum),
-    "shard_map": Way(lambda step: in_shard_map(step, True, i=jax.device_count()), nothing),
-    "shard_map unchecked": Way(lambda step: in_shard_map(step, False, i=jax.device_count()), psum),
+    "shard_map": Way(lambda step: in_shard_map(step, True, i=8), nothing),
+    "shard_map unchecked": Way(lambda step: in_shard_map(step, False, i=8), psum),
     "shard_map of two axes": Way(lambda step: in_shard_map(step, True, a=4, b=2), nothing),
     "shard_map of two axes unchecked": Way(lambda step: in_shard_map(step, False, a=4, b=2), psum),
     "vmap in unchecked shard_map": Way(vmap_in_shard_map, psum),
@@ -219,7 +221,7 @@ def on_meshes_of(kind, axis_type):
     by_features = partial(in_shard_map, axis_type=axis_type, features="j", i=2, j=3)
     partly = partial(in_partly_manual_shard_map, axis_type=axis_type)
     found = {
-        kind: Way(lambda step: sharded(step, rows=P("i"), i=jax.device_count()), nothing),
+        kind: Way(lambda step: sharded(step, rows=P("i"), i=8), nothing),
         f"{kind} of two axes": Way(partial(sharded, rows=P("a", "b"), a=4, b=2), nothing),
         f"{kind}, features": Way(partial(sharded, rows=both, vectors=P("j"), i=2, j=3), nothing),
         f"{kind}, features, replicated state": Way(partial(sharded, rows=both, i=2, j=3), nothing),
@@ -236,6 +238,18 @@ def on_meshes_of(kind, axis_type):
 WAYS |= on_meshes_of("automatic", AxisType.Auto) | on_meshes_of("explicit", AxisType.Explicit)
 WAYS["explicit, shard_map"] = Way(lambda step: in_shard_map(step, True, AxisType.Explicit, i=8), nothing)
 WAYS["explicit, shard_map unchecked"] = Way(lambda step: in_shard_map(step, False, AxisType.Explicit, i=8), psum)
+
+
+def over(devices):
+    """Of those above, what takes any devices."""
+    all_of = {"devices": devices, "i": len(devices)}
+    return {
+        "shard_map": Way(lambda step: in_shard_map(step, True, **all_of), nothing),
+        "shard_map unchecked": Way(lambda step: in_shard_map(step, False, **all_of), psum),
+        "automatic": Way(lambda step: over_sharded_arrays(step, AxisType.Auto, P("i"), **all_of), nothing),
+    }
+
+
 SCANS = ("scan in shard_map", "scan in unchecked shard_map")
 STEPWISE = tuple(way for way in WAYS if way not in SCANS)
 

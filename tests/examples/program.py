@@ -18,9 +18,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest looks already
+
+import compiling
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "cifar10" / "train.py"
 SETTINGS = {"depth": 8, "width": 4, "epochs": 4, "batch": 32, "train-images": 192, "peak-rate": 0.02, "ema": 0.9}
@@ -32,9 +36,10 @@ END = "\0"  # stands before the exit status of a command
 class Worker:
     """A process with that many devices and without network."""
 
-    def __init__(self, devices: int):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    def __init__(self, devices: int, **variables: str):
+        environment = os.environ | variables
+        environment |= {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the rest is compiling
             "https_proxy": "http://127.0.0.1:1",
             "no_proxy": "127.0.0.1",
@@ -94,14 +99,14 @@ class Worker:
 
 
 class Pair(ExitStack):
-    """Two processes of one device that train together."""
+    """Two processes of one device that train together, with these environment variables."""
 
-    def __init__(self):
+    def __init__(self, **variables: str):
         super().__init__()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.together = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", 2, "--process")
-        self.both = self.first, self.second = [self.enter_context(Worker(1)) for _ in range(2)]
+        self.both = self.first, self.second = [self.enter_context(Worker(1, **variables)) for _ in range(2)]
 
     def start(self, *arguments, second=(), replaced=()) -> None:
         """Start a command in both; `second` and `replaced` are for the second one alone."""
@@ -142,6 +147,7 @@ def serve() -> None:
     import data
     import model
 
+    processes.take_programs()
     save = checkpoints.Checkpoints.save
 
     def save_slowly(self, carry, history):

@@ -1,6 +1,6 @@
 """The CIFAR-10 program in two processes: one result, no process left waiting, one configuration.
 
-All tests but those that lose a process share one pair; the last one ends it.
+All tests but the one that kills a process share one pair; the last one ends it.
 """
 
 import shutil
@@ -11,12 +11,21 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from processes import sharing_programs
 from program import Pair, Worker, last_checkpoint, metrics
+
+# Up to twelve steps on other devices: what rounding differs by at the start, about 1e-7, training makes more of.
+ON_OTHER_DEVICES = 1e-2
 
 
 @pytest.fixture(scope="module")
-def pair():
-    with Pair() as pair:
+def variables(tmp_path_factory):
+    return sharing_programs(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def pair(variables):
+    with Pair(**variables) as pair:
         yield pair
 
 
@@ -58,55 +67,45 @@ def test_two_processes_train_as_one(together, undisturbed):
     assert_same_training(together, undisturbed[0], 1e-5)
 
 
-def without_the_last_epoch(source, tmp_path):
-    """A copy of a run to go on with on other devices."""
-    run = tmp_path / "run"
-    shutil.copytree(source, run)
-    shutil.rmtree(run / "checkpoints" / "4")
-    return run
-
-
-# Six steps on another number of devices: what rounding differs by at the start, about 1e-7, training makes more of.
-ON_OTHER_DEVICES = 1e-2
-
-
-def test_one_process_goes_on_with_a_run_of_two(together, tmp_path):
-    run = without_the_last_epoch(together, tmp_path)
-    with Worker(devices=1) as worker:
-        output = worker.finish("--resume", run)
-    assert "Going on after epoch 3" in output
-    assert "recalibrated statistics: test accuracy" in output  # which was asked for at the start
-    assert_same_training(run, together, ON_OTHER_DEVICES)
-
-
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, together, tmp_path):
-    run = tmp_path / "run"
-    with Pair() as killed:
-        killed.start("--run", run)
-        killed.first.wait_for((run / "checkpoints" / "2").is_dir)
-        killed.second.process.send_signal(signal.SIGKILL)
-        since = time.monotonic()
-        status, output = killed.first.ended()
+def lost(worker, signal_to_other, other, within):
+    """Exit status and output of a process that has lost the other one."""
+    other.process.send_signal(signal_to_other)
+    since = time.monotonic()
+    status, output = worker.ended()
     print(f"The other process ended {time.monotonic() - since:.1f} s later.")
-    assert time.monotonic() - since < 30
-    assert status == 1 and killed.first.process.returncode == 1
-    assert "another process is lost" in output and f"--resume {run}" in output, output
+    assert time.monotonic() - since < within and worker.process.poll() is not None
+    return status, output
+
+
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(pair, variables, together, tmp_path):
+    """On as many devices bit for bit, and in one process with more of them."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with Pair(**variables) as killed:
+        killed.start("--run", run, "--recalibrate")
+        killed.first.wait_for((run / "checkpoints" / "2").is_dir)
+        status, output = lost(killed.first, signal.SIGKILL, killed.second, within=30)
+    assert status == 1 and "another process is lost" in output and f"--resume {run}" in output, output
+    shutil.copytree(run, elsewhere)
 
     assert "Going on after epoch" in pair.finish("--resume", run)[0]
     jax.tree.map(np.testing.assert_array_equal, last_checkpoint(run), last_checkpoint(together))
 
+    with Worker(devices=4) as worker:
+        output = worker.finish("--resume", elsewhere)
+    assert "Going on after epoch" in output
+    assert "recalibrated statistics: test accuracy" in output  # which was asked for at the start
+    assert_same_training(elsewhere, together, ON_OTHER_DEVICES)
+
 
 def test_two_go_on_with_a_run_of_one_and_one_that_hangs_ends_the_other(pair, undisturbed, tmp_path):
     """It hangs behind the last checkpoint, and the other one goes on to evaluate."""
-    run = without_the_last_epoch(undisturbed[0], tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[0], run)
+    shutil.rmtree(run / "checkpoints" / "4")
     pair.start("--resume", run)
     pair.first.wait_for((run / "checkpoints" / "4").is_dir)
-    pair.second.process.send_signal(signal.SIGSTOP)
-    since = time.monotonic()
-    status, output = pair.first.ended()
-    print(f"The other process ended {time.monotonic() - since:.1f} s later.")
-    assert time.monotonic() - since < 90  # the heartbeat's 20 s, and as much for the news to get around
-    assert pair.first.process.poll() is not None
+    # The heartbeat's 20 s, and as much for the news to get around.
+    status, output = lost(pair.first, signal.SIGSTOP, pair.second, within=90)
     # JAX ends the process, or what waits for the other raises first and the program says how to go on.
     by_program = f"training cannot go on without it. Start all again with --resume {run}"
     said = by_program if status == 1 else "another task died"

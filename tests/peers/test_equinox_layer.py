@@ -5,8 +5,6 @@ the two layers carry that on, to 1e-5 or so.
 """
 
 import io
-import subprocess
-import sys
 from functools import partial
 
 import equinox as eqx
@@ -421,10 +419,3 @@ def test_without_the_axis_of_a_vmap():
     layer, state = eqx.nn.make_with_state(BatchNorm)(3, "batch")
     with pytest.raises(NameError, match="no axis 'batch' is bound"):
         layer(jnp.ones((3, 4)), state)
-
-
-def test_without_equinox():
-    code = "import sys; sys.modules['equinox'] = None; import jbn; import jbn.equinox"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode
-    assert "ImportError: jbn.equinox needs Equinox: pip install 'jbn[equinox]'" in run.stderr
