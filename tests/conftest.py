@@ -8,8 +8,8 @@ import pytest
 CORE = Path(__file__).parent
 collect_ignore_glob = ["golden/make/*"]  # each needs the library that it is of
 COMPILED_QUICKLY = (
-    *("activation", "batch_norm", "documents", "drift", "feature_weights", "groups", "members", "recalibrate"),
-    *("subgroups", "sync", "units"),
+    *("activation", "batch_norm", "debug", "documents", "drift", "export", "feature_weights", "groups", "layouts"),
+    *("members", "recalibrate", "subgroups", "sync", "units"),
 )
 
 
@@ -34,11 +34,14 @@ def _compiled_quickly(request):
     if request.path.stem.removeprefix("test_") not in COMPILED_QUICKLY:
         yield
         return
-    for quickly in (True, False):
+
+    def compile_quickly(on):
         jax.clear_caches()  # what is there was compiled in the other way
-        jax.config.update("jax_disable_most_optimizations", quickly)
-        if quickly:
-            yield
+        jax.config.update("jax_disable_most_optimizations", on)
+
+    compile_quickly(True)
+    yield
+    compile_quickly(False)
 
 
 @pytest.fixture

@@ -147,7 +147,8 @@ def serve() -> None:
     import data
     import model
 
-    processes.take_programs()
+    if jax.config.jax_share_binary_between_hosts:
+        processes.take_programs()
     save = checkpoints.Checkpoints.save
 
     def save_slowly(self, carry, history):
