@@ -2,8 +2,8 @@
 # MLX 0.32.4 (its CPU backend): BatchNorm of float16 data sums squares in float16: with 100,352 rows of standard normal
 # data, as 32 images of 56 by 56 are, all outputs of a training step are 0 and the running variance, a float32, is NaN.
 #
-# Guess before: the sums are made in float32, as in PyTorch, and data of a standard deviation of up to 256 is normalized;
-# beyond, the variance is inf.
+# Guess before: the sums are made in float32, as in PyTorch, and data of a standard deviation of up to 256 is
+# normalized; beyond, the variance is inf.
 # Seen: what counts is the sum over the batch, 65,504 at most: 1,024 rows of standard deviation 20, or 64 of 100, are
 # too much: the output is the bias, without a warning, and the running variance is inf for ever (NaN where the number of
 # rows is too much as well). The same data as float32 is right, and so is PyTorch's layer on the float16 data.
