@@ -13,7 +13,8 @@ python=${1:-python3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$python" -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet onnxruntime==1.31.1 openvino==2026.4.1 onnx==1.23.2 tensorflow-cpu==2.21.0
+"$folder/venv/bin/python" -m pip install --quiet \
+    onnxruntime==1.31.1 openvino==2026.4.1 onnx==1.23.2 tensorflow-cpu==2.21.0
 cd "$folder"
 TF_CPP_MIN_LOG_LEVEL=3 "$folder/venv/bin/python" - << 'END'
 import numpy as np

@@ -3,7 +3,11 @@
 """Jittor's BatchNorm by jittor.save. It compiles itself when it is imported, with g++ and Python's headers."""
 
 import os
+import sys
+from pathlib import Path
 
+os.environ.setdefault("JITTOR_HOME", str(Path.cwd()))
+os.environ.setdefault("python_config_path", f"{sys.base_prefix}/bin/python3.10-config")
 os.environ.setdefault("nvcc_path", "")  # no CUDA
 os.environ.setdefault("use_mkl", "0")  # which it would download
 
