@@ -5,7 +5,7 @@ BACKWARD = "The statistics move in the backward pass."
 RANK = "One layer divides its running variance by n for 2-D and 3-D input, and by n - 1 for 4-D."
 
 SURPRISES = {
-    "torch": f"A state_dict without num_batches_tracked does not load, a plain dict does. {UNCOUNTED}",
+    "torch": f"PyTorch refuses a state_dict without num_batches_tracked, and takes a plain dict without. {UNCOUNTED}",
     "torchvision frozen": "Nothing moves and nothing is learned: weight and bias are buffers.",
     "timm": "Models whose names start with tf_ have epsilon 1e-3. An activation follows in the same layer.",
     "torch geometric": "With allow_single_element one node is evaluated by the running statistics, which stay.",
