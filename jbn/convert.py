@@ -1,7 +1,7 @@
 """Params and states of other libraries' batch norms, from their arrays by name and back.
 
-`from_library`, `to_library` and, for a whole network, `find` know them all: docs/libraries.md has the table. What does
-not hold its arrays by flat names, or has had a function for long:
+`from_library`, `to_library` and, for a whole network, `find` know them all: docs/libraries.md has the table and
+docs/files.md what reads files. What does not hold its arrays by flat names, or has had a function for long:
 
 | library | from | back |
 | --- | --- | --- |

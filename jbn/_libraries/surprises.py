@@ -32,10 +32,10 @@ SURPRISES = {
     "mxnet operator": "fix_gamma=True, the default: gamma means 1 whatever is stored, and is overwritten with 1, even "
     "in evaluation. Where the graph says fix_gamma=False, it is 'mxnet operator free'.",
     "mxnet operator free": BACKWARD,
-    "mindspore": "Keras's names with an unbiased variance. The attribute momentum holds 1 - the argument. One value in "
-    "training leaves NaN.",
+    "mindspore": "Keras's names with an unbiased variance; a layer saved alone has mean and variance for the last two. "
+    "The attribute momentum holds 1 - the argument. One value in training leaves NaN.",
     "chainer": "N stays 0, but for finetune=True.",
-    "mlx": "Biased before August 2026. A parent's unfreeze() makes the statistics trainable.",
+    "mlx": "Biased before 0.32.1 (read). A parent's unfreeze() makes the statistics trainable.",
     "tinygrad": "One value in training: ZeroDivisionError.",
     "objax": "Decay 0.999 and epsilon 1e-6.",
     "nnabla": "One value in training leaves NaN.",
