@@ -142,7 +142,7 @@ def markdown(titles, cells) -> str:
 def surprises() -> str:
     notes = []
     for name, library in LIBRARIES.items():
-        differs = [f"**Evaluation is another than jbn's.** {library.evaluation}"] * bool(library.evaluation)
+        differs = [f"**Evaluation is another than the formula's.** {library.evaluation}"] * bool(library.evaluation)
         differs += [f"**A training step gives another output.** {library.training}"] * bool(library.training)
         notes.append(f"- **{library.title}** (`{name}`): {' '.join([library.surprise, *dict.fromkeys(differs)])}")
     return "\n".join(notes)

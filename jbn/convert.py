@@ -1,7 +1,7 @@
 """Params and states of other libraries' batch norms, from their arrays by name and back.
 
-`from_library`, `to_library` and, for a whole network, `find` know them all: docs/libraries.md has the table. What does
-not hold its arrays by flat names, or has had a function for long:
+`from_library`, `to_library` and, for a whole network, `find` know them all: docs/libraries.md has the table and
+docs/files.md what reads files. What does not hold its arrays by flat names, or has had a function for long:
 
 | library | from | back |
 | --- | --- | --- |
@@ -162,7 +162,8 @@ def find(
       norm's own; and `unused`, the names of everything else.
 
     Raises:
-      TypeError, ValueError: as `from_library`, which also names the layer.
+      TypeError, ValueError: as `from_library`, which also names the layer; there is none, and the names are those of
+        another library.
 
     Examples:
       >>> zeros, ones = jnp.zeros(2), jnp.ones(2)
@@ -204,7 +205,8 @@ def from_torch(
       ([2.0], [4.0], [0.75])
     """
     hint = "Pass layer.state_dict(); a whole network's is for find_torch."
-    if isinstance(entries, Mapping) and all(entries.get(name) is None for name in TORCH[2:]):
+    present = [name for name, value in entries.items() if value is not None] if isinstance(entries, Mapping) else TORCH
+    if not any(str(name).endswith(TORCH[2:]) for name in present):
         hint += " With track_running_stats=False there are none: take them from jbn.init and jbn.recalibrate."
     return read(row("torch"), entries, steps=steps, decay=decay, hint=hint)
 

@@ -11,7 +11,8 @@
 hk.nets.ResNet, and MobileNetV1 has 0.999.
 
 They are mappings that cannot be changed; one setting of another value is `TORCH | {"epsilon": 1e-3}`, and a dict to
-keep in a config `dict(TORCH)`. Evaluation and `jbn.fold_into` take the epsilon alone: `epsilon=TORCH["epsilon"]`.
+keep in a config `dict(TORCH)`. Evaluation needs the epsilon alone, and `jbn.fold_into` takes nothing else of them:
+`epsilon=TORCH["epsilon"]`.
 
 Examples:
   >>> import jbn.presets

@@ -245,6 +245,10 @@ REFUSED = {
         r"where the layer has them, weight, bias, num_batches_tracked \(missing: running_mean, running_var\).*"
         r"track_running_stats=False.*jbn\.recalibrate",
     ),
+    "a whole network": (
+        lambda: convert.from_torch({f"{at}.{name}": value for at in "ab" for name, value in RUNNING.items()}),
+        r"several entries named running_mean: .*is for find_torch\.$",
+    ),
     "unknown": (lambda: convert.from_torch(RUNNING | {"scale": 1}), r"unknown: scale\).*find_torch"),
     "a network": (
         lambda: convert.from_flax({"bn1": {}}, {"bn1": {}}),
@@ -306,7 +310,7 @@ REFUSED = {
         lambda: convert.find_torch({"epoch": 3, "state_dict": {"bn.running_mean": np.zeros(2)}}),
         r"state_dict has mappings in 'state_dict'; .* checkpoint\['state_dict'\]",
     ),
-    "a network of torch": (lambda: convert.find_torch(object()), r"as model.state_dict\(\)"),
+    "a network of torch": (lambda: convert.find_torch(object()), r"are model.state_dict\(\)"),
     "a layer of torch": (lambda: convert.from_torch(object()), r"Pass layer.state_dict\(\)"),
     "steps that are not counted": (  # of a layer that loaded its statistics
         lambda: convert.from_torch(RUNNING | {"running_var": np.float32([4, 1])}, steps=0, decay=0.9),

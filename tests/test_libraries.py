@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,12 @@ def test_names(library, names):
     assert list(found.layers) == ["bn0"] and not found.unused
 
 
+def test_a_network_without_batch_norm():
+    """A mean and a variance may be those by which images are normalized."""
+    images = {"images.mean": np.zeros(3, "f4"), "images.var": np.ones(3, "f4"), "head.kernel": np.ones((3, 2), "f4")}
+    assert convert.find(images, "torch") == ({}, tuple(images))
+
+
 def test_names_of_haiku():
     entries = libraries.load("haiku").entries
     names = {f"net/~/bn/{'~/' * (key.count('.'))}{key.replace('.', '/')}": value for key, value in entries.items()}
@@ -192,12 +199,19 @@ def test_without_the_start_at_zero():
 PADDLE = {"_mean": np.zeros(2, "f4"), "_variance": np.ones(2, "f4")}
 FIRST = {"mean": np.zeros(2, "f4"), "var": np.ones(2, "f4"), "first_time": np.array(False)}
 COUNTED = {"mean": np.zeros(2, "f4"), "var": np.ones(2, "f4"), "counter": np.array(3)}
+
+
+def no_data():  # of a tensor on PyTorch's meta device
+    raise NotImplementedError("no data")
+
+
 REFUSED = {
     "no such library": (
         lambda: convert.from_library(PADDLE, "padle"),
         r"library is 'padle'; expected one of 'torch', .*Is it 'paddle'",
     ),
     "by its title": (lambda: presets.of("PyTorch"), r"library is 'PyTorch'.*Is it 'torch'"),
+    "by a word of its title": (lambda: presets.of("nnx"), r"library is 'nnx'; .*Is it 'flax'\?$"),
     "names of another": (
         lambda: convert.from_library({"mean": np.zeros(2, "f4"), "var": np.ones(2, "f4")}, "paddle"),
         r"expected _mean, _variance and, .*weight, bias \(missing: _mean, _variance; unknown: mean, var\)\. "
@@ -215,7 +229,20 @@ REFUSED = {
     ),
     "of two layers": (
         lambda: convert.from_library({f"{at}.{key}": value for at in "ab" for key, value in PADDLE.items()}, "paddle"),
-        r"several entries named _mean: 'a\._mean', 'b\._mean'",
+        r"several entries named _mean: 'a\._mean', 'b\._mean'\. .*jbn\.convert\.find",
+    ),
+    "a file": (lambda: convert.find(Path("model.pdparams"), "paddle"), r"entries is a \w+Path; .*docs/files\.md"),
+    "a network of another": (
+        lambda: convert.find({f"bn.{key}": np.ones(2, "f4") for key in LIBRARIES["paddle"].names}, "torch"),
+        r"no layer with running_mean and running_var, which PyTorch writes\. The names fit 'paddle'\.$",
+    ),
+    "names that are none": (
+        lambda: convert.find({("params", "bn", "scale"): np.ones(2, "f4")}, "flax"),
+        r"names such as \('params', 'bn', 'scale'\); expected strings, .*sep='/'",
+    ),
+    "without data": (
+        lambda: convert.find({f"bn.{key}": Tensor(value, detach=no_data) for key, value in PADDLE.items()}, "paddle"),
+        r"'bn': entries\['_mean'\] is a Tensor; expected an array\. no data",
     ),
     "shape": (
         lambda: convert.from_library({key: value[None, :, None, None] for key, value in PADDLE.items()}, "paddle"),

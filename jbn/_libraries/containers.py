@@ -95,7 +95,7 @@ def from_keras(
     """
     if isinstance(weights, Mapping):
         items = list(weights.items())
-    elif isinstance(weights, Iterable):
+    elif isinstance(weights, Iterable) and not isinstance(weights, str):
         items = [(getattr(each, "path", None) or getattr(each, "name", None), each) for each in weights]
     else:
         raise TypeError(f"weights is a {type(weights).__name__}; expected layer.weights, or arrays by name.")

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -17,10 +18,6 @@ def pick(source, entries, required, optional, hint="", ignored=(), counts=()) ->
 
     `counts` have to be there, and are not floating-point.
     """
-    if not isinstance(entries, Mapping):
-        raise TypeError(
-            f"{source} is a {type(entries).__name__}; expected a mapping of names to arrays. {hint}".strip()
-        )
     given = {name: value for name, value in entries.items() if value is not None}
     missing = [name for name in (*required, *counts) if name not in given]
     unknown = [name for name in given if name not in (*required, *counts, *optional, *ignored)]
@@ -36,6 +33,14 @@ def pick(source, entries, required, optional, hint="", ignored=(), counts=()) ->
     }
 
 
+def check_mapping(source, entries, hint=""):
+    if not isinstance(entries, Mapping):
+        hint = "docs/files.md has what reads a file." if isinstance(entries, str | os.PathLike) else hint
+        raise TypeError(
+            f"{source} is a {type(entries).__name__}; expected a mapping of names to arrays. {hint}".strip()
+        )
+
+
 def listed(entries) -> str:
     """The names in `entries`, of which those of a network are many."""
     names = [name if entries[name] is not None else f"{name} (None)" for name in entries]
@@ -44,17 +49,17 @@ def listed(entries) -> str:
 
 
 def as_entry(name, given) -> np.ndarray:
-    if hasattr(given, "asnumpy"):  # of MXNet and MindSpore
-        given = given.asnumpy()
-    elif hasattr(given, "detach"):  # a tensor of PyTorch, PaddlePaddle, MegEngine or tinygrad
-        given = given.detach()
-        given = given.cpu() if hasattr(given, "cpu") else given
-        narrow = str(given.dtype).endswith(".bfloat16")  # which NumPy cannot hold
-        given = given.float().numpy().astype(jnp.bfloat16) if narrow else given.numpy()
     try:
+        if hasattr(given, "asnumpy"):  # of MXNet and MindSpore
+            given = given.asnumpy()
+        elif hasattr(given, "detach"):  # a tensor of PyTorch, PaddlePaddle, MegEngine or tinygrad
+            given = given.detach()
+            given = given.cpu() if hasattr(given, "cpu") else given
+            narrow = str(given.dtype).endswith(".bfloat16")  # which NumPy cannot hold
+            given = given.float().numpy().astype(jnp.bfloat16) if narrow else given.numpy()
         array = np.asarray(given)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is a {type(given).__name__}; expected an array.") from None
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last of a tensor on PyTorch's meta device
+        raise TypeError(f"{name} is a {type(given).__name__}; expected an array. {error}") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
         found = f"a {type(given).__name__}" if array.dtype == object else f"{array.dtype}{list(array.shape)}"
         raise TypeError(f"{name} is {found}; expected a floating-point array.")

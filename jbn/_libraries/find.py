@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from jbn._libraries.entries import pick
+from jbn._libraries.entries import check_mapping
 from jbn._libraries.library import Library
 from jbn._libraries.rows import LIBRARIES
 
@@ -45,10 +45,8 @@ def grouped(library: Library, entries: Mapping[str, Any]) -> dict[str, Names]:
 
 def one_layer(library: Library, entries: Any, source: str, hint: str) -> dict[str, Any]:
     """The entries of one layer by the library's own names, and what else there is by its own."""
-    if not isinstance(entries, Mapping):
-        pick(
-            source, entries, (), (), hint or f"{library.title} writes {', '.join(library.names)}."
-        )  # says what is wrong
+    check_mapping(source, entries, hint or f"{library.title} writes {', '.join(library.names)}.")
+    hint = hint or "A whole network's are for jbn.convert.find."
     groups = grouped(library, entries)
     if len(groups) > 1:
         first, second, *_ = groups.values()
@@ -72,8 +70,14 @@ def layers(library: Library, entries: Any, source: str) -> tuple[dict[str, Names
             f"{library.title} has no names in its files, but {library.nameless}: there is nothing to find by. Pass the "
             f"entries of each layer to jbn.convert.from_library, by the names {', '.join(library.names)}."
         )
-    if not isinstance(entries, Mapping):
-        raise TypeError(f"{source} is a {type(entries).__name__}; expected arrays by name, as model.state_dict().")
+    check_mapping(
+        source, entries, "Such are model.state_dict() and, of Keras, {each.path: each for each in model.weights}."
+    )
+    if others := [name for name in entries if not isinstance(name, str)]:
+        raise TypeError(
+            f"{source} has names such as {others[0]!r}; expected strings, as flax.traverse_util.flatten_dict(tree, "
+            f"sep='/') gives."
+        )
     if nested := [name for name, value in entries.items() if isinstance(value, Mapping)]:
         raise TypeError(
             f"{source} has mappings in {', '.join(map(repr, nested))}; expected arrays by name: of a checkpoint pass "
@@ -83,8 +87,20 @@ def layers(library: Library, entries: Any, source: str) -> tuple[dict[str, Names
     present = {name: value for name, value in entries.items() if value is not None}
     _, _, mean, var = library.names
     found = {layer: names for layer, names in grouped(library, present).items() if {mean, var} <= names.keys()}
+    if not found and (meant := [name for name in LIBRARIES if has_layers(LIBRARIES[name], present)]):
+        raise ValueError(
+            f"{source} has no layer with {mean} and {var}, which {library.title} writes. The names fit "
+            f"{', '.join(map(repr, meant))}."
+        )
     used = {full for names in found.values() for full in names.values()}
     return found, tuple(name for name in entries if name not in used)
+
+
+def has_layers(library: Library, entries: Mapping[str, Any]) -> bool:
+    """Whether a network has a batch norm by these names; a mean and a variance alone may be anything."""
+    scale, bias, *needed = (*library.names, *library.needed)
+    groups = grouped(library, entries).values()
+    return not library.nameless and any({*needed} <= names.keys() and {scale, bias} & names.keys() for names in groups)
 
 
 def fitting(entries: Mapping[str, Any]) -> list[str]:

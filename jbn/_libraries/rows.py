@@ -3,6 +3,7 @@
 Title, version, names, unbiased, decay, what its number weighs, epsilon: see `library.py`.
 """
 
+import re
 from difflib import get_close_matches
 
 from jbn._libraries.library import Library
@@ -14,7 +15,9 @@ def row(name: str, epsilon: float | None = None) -> Library:
     if name in LIBRARIES:
         return LIBRARIES[name] if epsilon is None else LIBRARIES[name]._replace(epsilon=epsilon)
     known = {key: key for key in LIBRARIES} | {library.title.lower(): key for key, library in LIBRARIES.items()}
-    near = dict.fromkeys(known[match] for match in get_close_matches(str(name).lower(), known, 3, 0.5))
+    asked = str(name).lower()
+    called = [key for key, library in LIBRARIES.items() if asked in re.split(r"[\s,.]+", library.title.lower())]
+    near = called or dict.fromkeys(known[match] for match in get_close_matches(asked, known, 3, 0.5))
     meant = f" Is it {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"library is {name!r}; expected one of {', '.join(map(repr, LIBRARIES))}.{meant}")
 

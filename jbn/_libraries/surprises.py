@@ -5,7 +5,7 @@ BACKWARD = "The statistics move in the backward pass."
 RANK = "One layer divides its running variance by n for 2-D and 3-D input, and by n - 1 for 4-D."
 
 SURPRISES = {
-    "torch": f"A state_dict without num_batches_tracked does not load, a plain dict does. {UNCOUNTED}",
+    "torch": f"PyTorch refuses a state_dict without num_batches_tracked, and takes a plain dict without. {UNCOUNTED}",
     "torchvision frozen": "Nothing moves and nothing is learned: weight and bias are buffers.",
     "timm": "Models whose names start with tf_ have epsilon 1e-3. An activation follows in the same layer.",
     "torch geometric": "With allow_single_element one node is evaluated by the running statistics, which stay.",
@@ -32,10 +32,10 @@ SURPRISES = {
     "mxnet operator": "fix_gamma=True, the default: gamma means 1 whatever is stored, and is overwritten with 1, even "
     "in evaluation. Where the graph says fix_gamma=False, it is 'mxnet operator free'.",
     "mxnet operator free": BACKWARD,
-    "mindspore": "Keras's names with an unbiased variance. The attribute momentum holds 1 - the argument. One value in "
-    "training leaves NaN.",
+    "mindspore": "Keras's names with an unbiased variance; a layer saved alone has mean and variance for the last two. "
+    "The attribute momentum holds 1 - the argument. One value in training leaves NaN.",
     "chainer": "N stays 0, but for finetune=True.",
-    "mlx": "Biased before August 2026. A parent's unfreeze() makes the statistics trainable.",
+    "mlx": "Biased before 0.32.1 (read). A parent's unfreeze() makes the statistics trainable.",
     "tinygrad": "One value in training: ZeroDivisionError.",
     "objax": "Decay 0.999 and epsilon 1e-6.",
     "nnabla": "One value in training leaves NaN.",

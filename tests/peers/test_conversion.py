@@ -156,6 +156,18 @@ def test_keras_and_back(scale, bias):
     jax.tree.map(assert_array_equal, (params, state), expected)
 
 
+def test_networks():
+    """As the table of docs/convert.md and docs/files.md give them."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="a"), keras.layers.Dense(2)])
+    found = convert.find({each.path: each for each in model.weights}, "keras")
+    assert [name.rpartition("/")[2] for name in found.layers] == ["a"] and len(found.unused) == 2
+
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    found = convert.find({jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}, "flax")
+    assert list(found.layers) == ["layers/1"] and len(found.unused) == 2
+
+
 def test_keras_weights_without_names():
     layer = keras.layers.BatchNormalization()
     layer.build((None, FEATURES))

@@ -11,7 +11,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 
@@ -45,6 +45,15 @@ def test_keras(model, monkeypatch):
     assert [params.bias is None for params, _ in (first, second, third)] == [False, False, True]
     assert found["settings"]["second"]["epsilon"] == 0.1
     assert_allclose(jbn.normalize_running(X, *first, epsilon=1e-3), expected, rtol=1e-5, atol=1e-5)
+
+    settings = {name: {"scale": name == "first", "center": name != "third"} for name in ("first", "second", "third")}
+    alone = found["read_weights"]("model.weights.h5", settings)
+    assert alone.keys() == found["entries"].keys()
+    for name, array in alone.items():
+        assert_array_equal(array, found["entries"][name])
+    settings["first"]["scale"] = False
+    with pytest.raises(ValueError, match="longer"):
+        found["read_weights"]("model.weights.h5", settings)
 
     by_name = run(".h5", folder, monkeypatch)["layers"]
     assert list(by_name) == ["first/first", "second/second", "third/third"]
