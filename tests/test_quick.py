@@ -183,7 +183,7 @@ def test_a_network_measured_and_folded():
     kernel, bias = RANDOM.normal(size=(3, 4)).astype(np.float32), np.float32([1, 2, 3, 4])
     folded = jbn.fold_into(kernel, bias, PARAMS, first)
     exact = reference.normalize(X[:, :3] @ np.float64(kernel) + bias, *first[:2], *PARAMS)
-    assert_allclose(X[:, :3] @ folded[0] + folded[1], exact, **CLOSE)
+    assert_allclose(X[:, :3] @ np.asarray(folded[0]) + np.asarray(folded[1]), exact, **CLOSE)
 
 
 def test_a_far_and_a_broken_feature():
