@@ -1,5 +1,6 @@
 """The rows of other libraries against what those made, tests/golden/libraries, and what is refused."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,8 @@ def test_each_file_has_a_row_and_is_small():
     files = sorted(libraries.GOLDEN.glob("*.npz"))
     assert files == sorted(map(libraries.path_of, GOLDEN))
     assert all(file.stat().st_size < 5000 for file in files)
+    page = (libraries.GOLDEN.parent / "README.md").read_text()
+    assert {*re.findall(r"^\| ([\w-]+) \| \S+ [\d.]+ \|", page, re.MULTILINE)} == {file.stem for file in files}
 
 
 @golden
