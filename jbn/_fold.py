@@ -94,9 +94,10 @@ def fold_into(
             raise TypeError(f"{name} is {array.dtype}; expected a floating-point type.")
     axes = reduced_axes("kernel", kernel, "output_axis", output_axis)
     features = features_of(kernel, axes)._replace(name="kernel", option="output_axis")
+    state = check_fields("state", state, State, features)
     if given is not None and given.shape not in ((), features.shape):
         raise ValueError(f"bias has shape {list(given.shape)}; expected {list(features.shape)}, one for each output.")
-    mean, slope, shift = _map(params, check_fields("state", state, State, features), features, epsilon)
+    mean, slope, shift = _map(params, state, features, epsilon)
     wide = statistics_dtype(kernel.dtype, slope.dtype)
     before, dtype = (jnp.zeros_like(mean), wide) if given is None else (given.astype(mean.dtype), given.dtype)
     folded = kernel.astype(wide) * jnp.expand_dims(slope.astype(wide), axes)

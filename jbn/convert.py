@@ -87,7 +87,7 @@ def from_library(
       or the layer's own, is the library's.
 
     Raises:
-      TypeError: `entries` is no mapping, or an entry is not a floating-point array.
+      TypeError: `entries` is no mapping, an entry not a floating-point array, or `library` not a name.
       ValueError: no such library; a name is missing or unknown; shapes differ or are not the library's; a variance is
         below 0; `steps` and `decay` do not fit.
 

@@ -176,7 +176,7 @@ def test_refusals():
         ValueError,
         match=r"state.mean has shape \[6\]; expected \[4\], the features of kernel \[3, 3, 4, 6\].*output_axis=3",
     ):
-        jbn.fold_into(kernel, None, PARAMS, STATE, output_axis=2)
+        jbn.fold_into(kernel, np.ones(6), PARAMS, STATE, output_axis=2)
     with pytest.raises(
         ValueError, match=r"output_axis is 4 and kernel has shape \[3, 3, 4, 6\]; name at least one axis"
     ):

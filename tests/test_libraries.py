@@ -214,6 +214,7 @@ REFUSED = {
         r"library is 'padle'; expected one of 'torch', .*Is it 'paddle'",
     ),
     "by its title": (lambda: presets.of("PyTorch"), r"library is 'PyTorch'.*Is it 'torch'"),
+    "the other way round": (lambda: convert.find("torch", {}), r"library is a dict; expected a name such as 'torch'"),
     "by a word of its title": (lambda: presets.of("nnx"), r"library is 'nnx'; .*Is it 'flax'\?$"),
     "names of another": (
         lambda: convert.from_library({"mean": np.zeros(2, "f4"), "var": np.ones(2, "f4")}, "paddle"),

@@ -12,10 +12,12 @@ from jbn._libraries.surprises import SURPRISES
 
 def row(name: str, epsilon: float | None = None) -> Library:
     """The row of a library by its name; of a layer with another `epsilon` than the default."""
+    if not isinstance(name, str):
+        raise TypeError(f"library is a {type(name).__name__}; expected a name such as 'torch', behind the entries.")
     if name in LIBRARIES:
         return LIBRARIES[name] if epsilon is None else LIBRARIES[name]._replace(epsilon=epsilon)
     known = {key: key for key in LIBRARIES} | {library.title.lower(): key for key, library in LIBRARIES.items()}
-    asked = str(name).lower()
+    asked = name.lower()
     called = [key for key, library in LIBRARIES.items() if asked in re.split(r"[\s,.]+", library.title.lower())]
     near = called or dict.fromkeys(known[match] for match in get_close_matches(asked, known, 3, 0.5))
     meant = f" Is it {' or '.join(map(repr, near))}?" if near else ""
