@@ -23,7 +23,7 @@ test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 5 to 7
 quick: $(VENV)/.test ## Run a little of everything, after every edit, 15 s
 	$(BIN)/python -m pytest --quiet tests/test_quick.py $(ARGS)
 
-faults: $(VENV)/.test ## Plant faults in jbn/ and see the tests fail, 5 min; ARGS="--quick", "--peers" or "-k WORD"
+faults: $(VENV)/.test ## Plant faults in jbn/ and see the tests fail, 6 min; ARGS="--quick", "--peers" or "-k WORD"
 	$(BIN)/python tests/faults.py $(ARGS)
 
 peers: $(VENV)/.peers ## Run the tests against PyTorch, Flax, Haiku, Equinox and Keras, 5 min
