@@ -50,7 +50,7 @@ dist: $(VENV)/.dev ## Build wheel and sdist in dist/, 10 s
 wheel: runs dist ## Test the wheel with jax alone, from another folder, 6 min; VERSIONS="jax==0.10.0 jaxlib==0.10.0" TESTS="FILES"
 	TESTS="$(TESTS)" tests/wheel.sh $(PYTHON) $(VERSIONS)
 
-goldens: ## Write tests/golden/libraries again, each library in an environment of its own, 20 min; ARGS="paddle mxnet" picks
+goldens: ## Write tests/golden/libraries again, each library in its own environment, minutes each; ARGS="paddle mxnet" picks
 	tests/golden/make.sh $(ARGS)
 
 bench: $(VENV)/.peers ## Run a benchmark: ARGS="NAME and its options"; without, list them
