@@ -174,6 +174,24 @@ def test_features_of_an_explicit_mesh_that_is_set():
     assert_close((dx, *dparams), reference.gradients(x, dy, params.scale))
 
 
+def test_a_state_on_no_mesh_and_moments_cut_on_an_explicit_one():
+    """As `init` makes a state, before it is put anywhere; and `Moments` that lie like the features they accumulate."""
+    x = np.random.default_rng(4).standard_normal((8, 16)).astype(np.float32)
+    params, state = jbn.init(16)
+    measured = reference.moments(x)
+    moved = reference.update([np.float64(field) for field in state], measured)
+    grid = ways.mesh(AxisType.Explicit, i=4, j=2)
+    with jax.set_mesh(grid):
+        cut = jax.device_put(x, NamedSharding(grid, P("i", "j")))
+        total = jax.tree.map(lambda field: jax.device_put(field, NamedSharding(grid, P("j"))), jbn.empty_moments(state))
+        after = jbn.batch_norm(cut, params, state, train=True)[1]
+        after_update = jbn.update(state, jbn.moments(cut))
+        total = jbn.batch_norm(cut, params, total, train=True)[1]
+    assert_close(after, moved)
+    assert_close(after_update, moved)
+    assert_close(total[:3], [np.broadcast_to(field, 16) for field in measured])
+
+
 @cache
 def two_steps(normalize):
     def run(x, params, state):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from jbn._core.compilers import few_bits, settled
+from jbn._core.layout import layout_of, lie
 from jbn._types import Moments, nonzero, statistics_dtype
 
 
@@ -11,8 +12,11 @@ def merged(*parts: Moments) -> Moments:
     dtype = statistics_dtype(*(part.var.dtype for part in parts))
     counts = jnp.broadcast_shapes(*(part.count.shape for part in parts))
 
+    layout = layout_of(parts[0].mean)
+
     def column(field, shape):
-        return jnp.stack([jnp.broadcast_to(getattr(part, field).astype(dtype), shape) for part in parts])
+        each = (jnp.broadcast_to(getattr(part, field).astype(dtype), shape) for part in parts)
+        return jnp.stack([lie(array, layout) if shape else array for array in each])
 
     mean, var, low = (column(field, parts[0].mean.shape) for field in ("mean", "var", "mean_low"))
     return combine(Moments(column("count", counts), mean, var, low, column("squares", counts)))

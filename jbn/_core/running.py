@@ -36,8 +36,8 @@ def advance(
     if isinstance(carried, Held):
         held = _called(carried, measured, amount)
         return holding(held._replace(seen=advance(held.seen, held.moments, decay=0.0, unbiased=unbiased)))
-    layout = layout_of(carried.mean)
-    measured = jax.tree.map(lambda field: lie(field, layout) if field.ndim else field, measured)
+    layout = layout_of(carried.mean) or layout_of(measured.mean)  # a state of `init` is on no mesh yet
+    carried, measured = jax.tree.map(lambda field: lie(field, layout) if field.ndim else field, (carried, measured))
     return _advance(carried, measured, decay, amount, unbiased, centered)
 
 
