@@ -87,8 +87,12 @@ def train_step(
     if isinstance(carried, Held) and carried.given:
         y, measured = by_given(batch, rule, carried.given, activation), moments_of(batch, None)
     else:
-        if isinstance(carried, State):
-            running = lax.stop_gradient(sound(carried).mean.astype(batch.features.dtype))
-            center = batch.pool.agreed(lie(running, batch.features.layout))
+        center = center_of(batch, carried) if isinstance(carried, State) else None
         y, measured = by_batch(batch, center, rule, activation)
     return y, advance(carried, measured, decay=decay, unbiased=unbiased, centered=center is not None)
+
+
+def center_of(batch: Batch, state: State) -> jax.Array:
+    """The running mean, which is near that of a batch: the same on all devices, and 0 where the state is not sound."""
+    mean = lax.stop_gradient(sound(state).mean.astype(batch.features.dtype))
+    return batch.pool.agreed(lie(mean, batch.features.layout))
