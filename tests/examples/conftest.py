@@ -3,12 +3,10 @@
 import fcntl
 import os
 
-import compiling
 import jax
 import model
 import program
 import pytest
-import steps
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +28,6 @@ def small():
     """Networks are a stem and one block, and compiled in the least time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "blocks", lambda depth, width=16: [("block", width, 4 * width, 2)])
-        patch.setattr(steps, "CPU_OPTIONS", steps.CPU_OPTIONS | compiling.OPTIONS)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
