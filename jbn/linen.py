@@ -27,10 +27,10 @@ except ImportError as error:
     raise ImportError("jbn.linen needs Flax: pip install 'jbn[flax]'") from error
 
 from jbn._core.measure import moments_of
+from jbn._core.merge import merged
 from jbn._core.normalize import center_of
 from jbn._core.running import empty
 from jbn._libraries.flax import prepare, state_of, weight_of
-from jbn._moments import merge
 from jbn._types import Params, State, statistics_dtype
 
 
@@ -118,7 +118,7 @@ class BatchNorm(nn.BatchNorm):
                 running[name].value = jnp.asarray(value)
             if self.is_mutable_collection("moments"):
                 measured = moments_of(call.batch, center_of(call.batch, old))  # one center, and so measured once
-                self.sow("moments", "moments", measured, reduce_fn=merge, init_fn=partial(empty, old))
+                self.sow("moments", "moments", measured, reduce_fn=merged, init_fn=partial(empty, old))
         return y
 
 

@@ -414,11 +414,12 @@ def test_moments_of_several_batches_merge():
     assert_allclose(found.var, whole.var((0, 1, 2)), rtol=1e-5)
 
 
-def test_moments_of_a_batch_cut_on_an_explicit_mesh():
-    """Its features too, and the running statistics whole on every device: JAX adds nothing that lies otherwise."""
+@pytest.mark.parametrize("of_state", [(), ("j",), ("i",)])
+def test_moments_of_a_batch_cut_on_an_explicit_mesh(of_state):
+    """Whatever way the running statistics lie: JAX adds nothing that lies otherwise."""
     layer, mesh = OURS(use_running_average=False), ways.mesh(ways.AxisType.Explicit, i=4, j=2)
     batches = np.float32(RNG.normal(2, 3, (2, 8, 4)))
-    variables = layer.init(jax.random.key(0), batches[0])
+    variables = jax.device_put(layer.init(jax.random.key(0), batches[0]), NamedSharding(mesh, PartitionSpec(*of_state)))
     with jax.set_mesh(mesh):
         cut = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("i", "j"))) for x in batches]
         found = moments_of(layer, variables, cut)["moments"]
