@@ -26,6 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("jbn.linen needs Flax: pip install 'jbn[flax]'") from error
 
+from jbn._core.layout import lie
 from jbn._core.measure import moments_of
 from jbn._core.merge import merged
 from jbn._core.running import empty
@@ -116,7 +117,7 @@ class BatchNorm(nn.BatchNorm):
             for name, value in batch_stats(new, like=running).items():
                 running[name].value = jnp.asarray(value)
             if self.is_mutable_collection("moments"):
-                center = sound(old).mean.astype(call.batch.features.dtype)
+                center = lie(sound(old).mean.astype(call.batch.features.dtype), call.batch.features.layout)
                 measured = moments_of(call.batch, call.batch.pool.agreed(jax.lax.stop_gradient(center)))
                 self.sow("moments", "moments", measured, reduce_fn=merged, init_fn=partial(empty, old))
         return y

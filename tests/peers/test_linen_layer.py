@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import parity
 import pytest
+import ways
 from flax import errors, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose, assert_array_equal
@@ -411,6 +412,21 @@ def test_moments_of_several_batches_merge():
     # Measured about a running mean one or two standard deviations away: k 2^-24 of their square.
     assert_allclose(found.mean, whole.mean((0, 1, 2)), rtol=2e-6)
     assert_allclose(found.var, whole.var((0, 1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("of_state", [(), ("j",), ("i",)])
+def test_moments_of_a_batch_cut_on_an_explicit_mesh(of_state):
+    """Whatever way the running statistics lie: JAX adds nothing that lies otherwise."""
+    layer, mesh = OURS(use_running_average=False), ways.mesh(ways.AxisType.Explicit, i=4, j=2)
+    batches = np.float32(RNG.normal(2, 3, (2, 8, 4)))
+    variables = jax.device_put(layer.init(jax.random.key(0), batches[0]), NamedSharding(mesh, PartitionSpec(*of_state)))
+    with jax.set_mesh(mesh):
+        cut = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("i", "j"))) for x in batches]
+        found = moments_of(layer, variables, cut)["moments"]
+    whole = batches.astype(np.float64).reshape(16, 4)
+    assert_array_equal(found.count, 16)
+    assert_allclose(found.mean, whole.mean(0), rtol=2e-6)  # about a running mean near it, as above
+    assert_allclose(found.var, whole.var(0), rtol=1e-5)
 
 
 def test_moments_of_layers_in_a_scan():
