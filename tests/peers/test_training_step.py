@@ -28,8 +28,8 @@ def test_all_networks_are_timed(measured, tmp_path):
 
 def test_a_wrong_network_is_not_timed(monkeypatch):
     def wrong(config):
-        apply, params, state, options = training_step.with_jbn(config)
-        return apply, jax.tree.map(lambda leaf: leaf + 0.1, params), state, options
+        apply, params, state = training_step.with_jbn(config)
+        return apply, jax.tree.map(lambda leaf: leaf + 0.1, params), state
 
     monkeypatch.setattr(training_step, "NETWORKS", {"jbn": training_step.with_jbn, "flax": wrong})
     with pytest.raises(AssertionError, match="flax"):
