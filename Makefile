@@ -17,7 +17,7 @@ help: ## List the targets (the default)
 train: $(VENV)/.examples ## Train a ResNet on CIFAR-10, 1 min (embedded images) to 12 min; ARGS="--help" lists the options
 	$(BIN)/python examples/cifar10/train.py $(ARGS)
 
-test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 5 to 7 min, 2.5 the second time; ARGS="-k NAME" picks some
+test: $(VENV)/.test ## Run the tests, three files at a time as some wait, 5 min, 2 the second time; ARGS="-k NAME" picks some
 	$(BIN)/python -m pytest --ignore=tests/peers --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: $(VENV)/.test ## Run a little of everything, after every edit, 15 s
