@@ -33,6 +33,29 @@ MXNET = ("gamma", "beta", "running_mean", "running_var")
 MXNET_OPERATOR = ("gamma", "beta", "moving_mean", "moving_var")
 CLAMPED = "It divides by the root of max(var, epsilon): by epsilon / (2 var) less."
 UNBIASED = "It normalizes by the unbiased variance of the batch."
+SONNET_VECTORS = Library(
+    "Sonnet, 2-D and 3-D input",
+    "2.0.2",
+    SONNET,
+    False,
+    0.999,
+    "old",
+    needed=("moving_mean.hidden", "moving_mean.counter", "moving_variance.hidden", "moving_variance.counter"),
+    running="[1, .., C]",
+    evidence="average",
+)
+FIXED_GAMMA = Library(
+    "MXNet operator",
+    "1.9.1",
+    MXNET_OPERATOR,
+    False,
+    0.9,
+    "old",
+    1e-3,
+    collections=("arg", "aux"),
+    separators="./_",
+    scale="fixed",
+)
 
 ROWS = {
     "torch": Library("PyTorch", "2.13.0", TORCH, True, 0.9, "new", counter="num_batches_tracked"),
@@ -89,28 +112,8 @@ ROWS = {
         shape="[1, .., *features]",
         evidence="average",
     ),
-    "sonnet": Library(
-        "Sonnet, 2-D and 3-D input",
-        "2.0.2",
-        SONNET,
-        False,
-        0.999,
-        "old",
-        needed=("moving_mean.hidden", "moving_mean.counter", "moving_variance.hidden", "moving_variance.counter"),
-        running="[1, .., C]",
-        evidence="average",
-    ),
-    "sonnet images": Library(
-        "Sonnet, 4-D input",
-        "2.0.2",
-        SONNET,
-        True,
-        0.999,
-        "old",
-        needed=("moving_mean.hidden", "moving_mean.counter", "moving_variance.hidden", "moving_variance.counter"),
-        running="[1, .., C]",
-        evidence="average",
-    ),
+    "sonnet": SONNET_VECTORS,
+    "sonnet images": SONNET_VECTORS._replace(title="Sonnet, 4-D input", unbiased=True),
     "equinox ema": Library(
         "Equinox, mode ema",
         "0.13.8",
@@ -138,29 +141,8 @@ ROWS = {
     "onnx": Library("ONNX in onnxruntime", "1.31.1", ("scale", "B", "mean", "var"), False, 0.9, "old"),
     "paddle": Library("PaddlePaddle", "3.3.1", ("weight", "bias", "_mean", "_variance"), False, 0.9, "old"),
     "mxnet": Library("MXNet Gluon", "1.9.1", MXNET, False, 0.9, "old", collections=("arg", "aux"), separators="./_"),
-    "mxnet operator": Library(
-        "MXNet operator",
-        "1.9.1",
-        MXNET_OPERATOR,
-        False,
-        0.9,
-        "old",
-        1e-3,
-        collections=("arg", "aux"),
-        separators="./_",
-        scale="fixed",
-    ),
-    "mxnet operator free": Library(
-        "MXNet operator, fix_gamma=False",
-        "1.9.1",
-        MXNET_OPERATOR,
-        False,
-        0.9,
-        "old",
-        1e-3,
-        collections=("arg", "aux"),
-        separators="./_",
-    ),
+    "mxnet operator": FIXED_GAMMA,
+    "mxnet operator free": FIXED_GAMMA._replace(title="MXNet operator, fix_gamma=False", scale="plain"),
     "mindspore": Library("MindSpore", "2.10.0", KERAS, True, 0.9, "old"),
     "chainer": Library(
         "Chainer", "7.8.1", ("gamma", "beta", "avg_mean", "avg_var"), True, 0.9, "old", 2e-5, counter="N"
