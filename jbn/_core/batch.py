@@ -76,11 +76,15 @@ class Batch:
         center = self.along(center)
         return self.select(self.x.astype(center.dtype), center) - center
 
+    def weigh(self, values):
+        """weights * values, for `values` that are 0 wherever a mask is."""
+        if self.weights is None or self.weights.dtype == jnp.bool_:
+            return values
+        return self.weights.astype(values.dtype) * values
+
     def sum(self, values):
         """sum(weights * values) of each feature, for `values` that are 0 wherever a mask is."""
-        if self.weights is not None and self.weights.dtype != jnp.bool_:
-            values = self.weights.astype(values.dtype) * values
-        return jnp.sum(values, self.axes)
+        return jnp.sum(self.weigh(values), self.axes)
 
     def count(self, weights):
         """The sum of what `weights` broadcast to: [], or [*features] where they differ between features."""

@@ -15,6 +15,7 @@ All else in jbn is free of it. What was measured is in docs/developers/tried.md.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,39 @@ def uncertainty(rest):
     return 16 * jnp.finfo(rest.dtype).eps * rest * rest
 
 
-def sums(x, center, axes):
-    """The sum of x - center, that of (x - near)^2, and `near`: `center` [*features] but for some bits."""
-    near, minus = few_bits(center, 4), -jnp.expand_dims(center, axes)
-    square = (x.astype(minus.dtype) - jnp.expand_dims(near, axes)) ** 2
-    return jnp.sum(x.astype(minus.dtype) + minus, axes), jnp.sum(square, axes), near
+def sums(batch, center):
+    """The sums of x - center and of (x - near)^2 [*features], and `near`, which is `center` but for some bits."""
+
+    def together(batch, center):
+        apart = batch.deviation(center)
+        parts = sums_of_rows((batch.weigh(apart), batch.weigh(apart * apart)), batch.axes)
+        return *(jnp.sum(part, batch.axes) for part in parts), center
+
+    def each(batch, center):
+        near = few_bits(center, 4) if batch.weights is None else center
+        square = batch.weigh(batch.deviation(near) ** 2)
+        minus = -batch.along(center)
+        first = batch.x.astype(minus.dtype) + minus if batch.weights is None else batch.weigh(batch.deviation(center))
+        return jnp.sum(first, batch.axes), jnp.sum(square, batch.axes), near
+
+    return lax.platform_dependent(batch, center, cpu=together, default=each)
+
+
+def sums_of_rows(values, axes):
+    """`values` [...], as many as there are, where up to 16 along one of the `axes` are added up to one.
+
+    XLA for CPUs does that in one loop, without writing what is added, if there are two of them and no axis but a last
+    one is reduced. The axis can still be cut over all devices.
+    """
+    shape, devices = values[0].shape, jax.device_count()
+    for axis in (axis for axis in axes if axis < len(shape) - 1):
+        rows = max(rows for rows in range(1, 17) if shape[axis] % (rows * devices) == 0 or rows == 1)
+        if rows >= 4:
+            cut = [jnp.reshape(value, (*shape[:axis], -1, rows, *shape[axis + 1 :])) for value in values]
+            zeros = [jnp.zeros((), value.dtype) for value in values]
+            add = partial(jax.tree.map, jnp.add)
+            return lax.optimization_barrier(lax.reduce(cut, zeros, add, (axis + 1,)))
+    return values
 
 
 def again(value, other):

@@ -59,11 +59,7 @@ def measure(batch: Batch, center) -> Moments:
         first = batch.sum(batch.select(batch.x))
         count, squares, first = batch.pool.total((count, squares, first))
         center = few_bits(first / nonzero(count), 3)
-    if batch.weights is None:
-        first, second, near = sums(batch.x, center, batch.axes)
-    else:
-        near, apart = center, batch.deviation(center)
-        first, second = batch.sum(apart), batch.sum(apart * apart)
+    first, second, near = sums(batch, center)
     if given:
         count, squares, first, second = batch.pool.total((count, squares, first, second))
     else:
