@@ -170,7 +170,9 @@ def test_on_gpus_each_of_the_sums_and_dx_masks_for_itself():
         exported = jax.export.export(jax.jit(backward), platforms=(platform,), disabled_checks=unchecked)(X, DY)
         text = exported.mlir_module()
         found = [text.count(f"stablehlo.{name} ") for name in ("sign", "optimization_barrier")]
-        assert found == ([3, 1] if platform in ("cuda", "rocm") else [0, 0]), platform
+        assert found == {"cpu": [0, 3], "tpu": [0, 0]}.get(platform, [3, 1]), (
+            platform
+        )  # cpu: behind rows that are added
 
 
 @pytest.mark.parametrize(
@@ -300,5 +302,5 @@ def test_what_is_no_function_of_elements(function):
         ):
             FUNCTIONS[function](X, PARAMS, activation=wrong)
     for wrong in (jnp.sum, lambda y: (y, y), lambda y: y > 0, lambda y: None):
-        with pytest.raises(TypeError, match=r"activation makes .* of float32\[16, 4, 3\]; expected a function of each"):
+        with pytest.raises(TypeError, match=r"activation makes .* of float32\[32, 2, 3\]; expected a function of each"):
             FUNCTIONS[function](X, PARAMS, activation=wrong)

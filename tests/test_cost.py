@@ -16,7 +16,7 @@ import jbn
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 PINNED = {line.partition(";")[0] for line in CONSTRAINTS.read_text().splitlines()}
 pytestmark = pytest.mark.skipif(f"jax=={jax.__version__}" not in PINNED, reason="figures of the pinned version of JAX")
-SHAPE = (64, 8, 8, 16)
+SHAPE = (128, 8, 8, 16)
 BYTES = 4 * np.prod(SHAPE)
 
 
@@ -38,22 +38,25 @@ def one(after, train=True, activation=None):
     return jax.jit(step).lower(x, dy, params, state).compile()
 
 
-# Arrays of the size of x that are read or written. Training: x for each of the two sums; x and y; dy for its sum; dy
-# and x for the other; dy, x and dx. With relu, inside or behind, dy is masked first, by what x says: x, dy, and the
-# masked dy. (That each sum masks for itself, as on a GPU, is 11 passes, and slower.)
+# Arrays of the size of x that are read or written, from jax 0.11.1 on and before. Training: x, and two sixteenths of it
+# written and read again; x and y; dy, and dy and x, for two sums, each by way of an eighth of it; dy, x and dx. With
+# relu, inside or behind, x is read for the other sum as well; where it adds x, the masked dy is written and read.
+# Before 0.11.1 there are no eighths, and with relu the masked dy is written, from x and dy, and read three times.
 PASSES = {
-    "training": (lambda y, x: y, True, None, 10),
-    "training, relu inside": (lambda y, x: y, True, jax.nn.relu, 13),
-    "training and relu": (lambda y, x: jax.nn.relu(y), True, None, 13),
-    "training, residual and relu": (lambda y, x: jax.nn.relu(y + x), True, None, 13),
-    "evaluation": (lambda y, x: y, False, None, 2),
-    "evaluation, relu inside": (lambda y, x: y, False, jax.nn.relu, 2),
-    "evaluation, residual and relu": (lambda y, x: jax.nn.relu(y + x), False, None, 2),
+    "training": (lambda y, x: y, True, None, 9.75, 9.25),
+    "training, relu inside": (lambda y, x: y, True, jax.nn.relu, 10.75, 12.25),
+    "training and relu": (lambda y, x: jax.nn.relu(y), True, None, 10.75, 12.25),
+    "training, residual and relu": (lambda y, x: jax.nn.relu(y + x), True, None, 12.75, 12.25),
+    "evaluation": (lambda y, x: y, False, None, 2, 2),
+    "evaluation, relu inside": (lambda y, x: y, False, jax.nn.relu, 2, 2),
+    "evaluation, residual and relu": (lambda y, x: jax.nn.relu(y + x), False, None, 2, 2),
 }
 
 
-@pytest.mark.parametrize(("after", "train", "activation", "passes"), PASSES.values(), ids=PASSES)
-def test_passes_over_x(after, train, activation, passes):
+@pytest.mark.parametrize(("after", "train", "activation", "passes", "before"), PASSES.values(), ids=PASSES)
+def test_passes_over_x(after, train, activation, passes, before):
     compiled = one(after, train, activation)
-    assert round(hlo.traffic(compiled.as_text())[hlo.ONCE] / BYTES, 1) == passes
-    assert compiled.memory_analysis().temp_size_in_bytes < (0.1 if passes < 13 else 1.1) * BYTES
+    passes = passes if jax.__version_info__ >= (0, 11, 1) else before
+    counted = hlo.traffic(compiled.as_text())[hlo.ONCE] / BYTES
+    assert abs(counted - passes) < 0.02  # vectors
+    assert compiled.memory_analysis().temp_size_in_bytes < (0.3 if passes < 11 else 1.3) * BYTES  # sums of rows; dy

@@ -158,6 +158,18 @@ def test_the_textbook_by_finite_differences(kind):
 
 
 @float64
+@pytest.mark.parametrize("weights", [None, np.arange(64) % 5 > 0], ids=["plain", "mask"])
+def test_so_many_rows_that_a_cpu_adds_them_up_in_a_loop_first(weights):
+    vector, unravel = ravel_pytree(arguments((64, FEATURES)))
+    got, hessians = orders(lambda *parts: by_batch(*parts, weights)[0], unravel, NESTINGS)(vector)
+    full = np.ones(64) if weights is None else np.float64(weights)
+    expected, (hessian,) = orders(textbook, unravel)(vector, full)
+    assert_close(got, expected)
+    for each in hessians:
+        assert_close(each, hessian, rtol=1e-8)
+
+
+@float64
 def test_third_order():
     vector, unravel = ravel_pytree(arguments())
 

@@ -91,7 +91,8 @@ def test_parameter_gradients_that_arrive_as_shares(way):
     x, _, dy = operands = ways.batch()
     *_, got = ways.runner(way, line=first_share)(*operands, PARAMS, STATE)
     _, mean, var = reference.moments(x)
-    xhat, dy = reference.normalize(x, mean, var, np.ones(3), np.zeros(3))[:2], np.float64(dy[:2])
+    xhat, dy = reference.normalize(x, mean, var, np.ones(3), np.zeros(3)), np.float64(dy)
+    xhat, dy = xhat[: len(x) // 8], dy[: len(x) // 8]
     assert_close(got, (np.sum(dy * xhat, (0, 1)), np.sum(dy, (0, 1))))
 
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 
-SHAPE = (16, 4, 3)
+SHAPE = (32, 2, 3)
 PARAMS = jbn.Params(np.float32([0.5, -1, 2]), np.float32([0, 1, -3]))
 # Variances and weights away from 0 and 1, so that a state that is left alone differs from one that is made anew.
 STATE = jbn.State(np.float32([0.5, -0.5, 1]), np.float32([4, 5, 6]), np.float32([0.5, 0.5, 0.5]))

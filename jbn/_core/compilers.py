@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbn._core.layout import layout_of
+from jbn._core.pool import varying_as
+
 
 def few_bits(value, fewer):
     """`value` without its last bits: the same number wherever it is used."""
@@ -45,34 +48,58 @@ def sums(batch, center):
 
     def together(batch, center):
         apart = batch.deviation(center)
-        parts = sums_of_rows((batch.weigh(apart), batch.weigh(apart * apart)), batch.axes)
+        parts = sums_of_rows(batch, (batch.weigh(apart), batch.weigh(apart * apart)))
         return *(jnp.sum(part, batch.axes) for part in parts), center
 
     def each(batch, center):
-        near = few_bits(center, 4) if batch.weights is None else center
-        square = batch.weigh(batch.deviation(near) ** 2)
-        minus = -batch.along(center)
-        first = batch.x.astype(minus.dtype) + minus if batch.weights is None else batch.weigh(batch.deviation(center))
-        return jnp.sum(first, batch.axes), jnp.sum(square, batch.axes), near
+        if batch.weights is not None:
+            apart = batch.deviation(center)
+            return batch.sum(apart), batch.sum(apart * apart), center
+        near, minus = few_bits(center, 4), -batch.along(center)
+        return jnp.sum(batch.x.astype(minus.dtype) + minus, batch.axes), batch.sum(batch.deviation(near) ** 2), near
 
     return lax.platform_dependent(batch, center, cpu=together, default=each)
 
 
-def sums_of_rows(values, axes):
-    """`values` [...], as many as there are, where up to 16 along one of the `axes` are added up to one.
+def sums_of_rows(batch, values):
+    """Two `values` [...] of a batch, where up to 16 in a row are added up to one, in one loop for both."""
+    axis, rows = rows_of(batch, 16)
+    if rows == 1:
+        return values
+    cut = [jnp.reshape(value, (*value.shape[:axis], -1, rows, *value.shape[axis + 1 :])) for value in values]
+    zeros = [jnp.zeros((), value.dtype) for value in values]
+    return lax.optimization_barrier(lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,)))
 
-    XLA for CPUs does that in one loop, without writing what is added, if there are two of them and no axis but a last
-    one is reduced. The axis can still be cut over all devices.
+
+def spread(batch, value):
+    """`value` [*features] along a batch, in a tangent: its transpose is a sum, on a CPU first of up to 8 in a row."""
+    value, (axis, rows) = batch.along(value), rows_of(batch, 8)
+    if rows == 1 or jax.__version_info__ < (0, 11, 1):  # where the library wants all rows written to add them up
+        return value
+
+    def of_rows(value):
+        shape = (*batch.x.shape[:axis], batch.x.shape[axis] // rows, *batch.x.shape[axis + 1 :])
+        value = lax.optimization_barrier(jnp.broadcast_to(value, shape))
+        return jnp.reshape(jnp.stack([value] * rows, axis + 1), batch.x.shape)
+
+    whole = partial(jnp.broadcast_to, shape=batch.x.shape)
+    return lax.platform_dependent(varying_as(value, batch.x), cpu=of_rows, default=whole)
+
+
+def rows_of(batch, most):
+    """An axis that is reduced and not the last, and how many in a row along it, at `most`, so that each has as many.
+
+    What is left of it can still be cut over all devices. It is 1 for less than 4, and where `x` is cut explicitly.
     """
-    shape, devices = values[0].shape, jax.device_count()
-    for axis in (axis for axis in axes if axis < len(shape) - 1):
-        rows = max(rows for rows in range(1, 17) if shape[axis] % (rows * devices) == 0 or rows == 1)
+    shape, devices = batch.x.shape, jax.device_count()
+    layout = layout_of(batch.x)
+    if layout and any(layout.spec):
+        return 0, 1
+    for axis in (axis for axis in batch.axes if axis < len(shape) - 1):
+        rows = max(rows for rows in range(1, most + 1) if shape[axis] % (rows * devices) == 0 or rows == 1)
         if rows >= 4:
-            cut = [jnp.reshape(value, (*shape[:axis], -1, rows, *shape[axis + 1 :])) for value in values]
-            zeros = [jnp.zeros((), value.dtype) for value in values]
-            add = partial(jax.tree.map, jnp.add)
-            return lax.optimization_barrier(lax.reduce(cut, zeros, add, (axis + 1,)))
-    return values
+            return axis, rows
+    return 0, 1
 
 
 def again(value, other):

@@ -17,7 +17,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's get_weights
-TOLERANCE = 1e-5
+TOLERANCE = {"Haiku": 1e-4}  # whose variance is E[x^2] - E[x]^2; of the others 1e-5
 every = pytest.mark.parametrize("heading", list(layers.STEPS))
 PADDED = np.random.default_rng(1).normal(3, 2, (4, 5, 3)).astype(np.float32)
 MASK = np.random.default_rng(2).uniform(size=(4, 5)) < 0.6
@@ -76,7 +76,7 @@ def test_ten_steps_are_those_of_the_frameworks_own_layer(heading):
     if heading == "Equinox":
         assert found.evaluation > 0.05  # its own is not exact: see test_equinox_layer
         found = found._replace(evaluation=0)
-    assert max(found) < TOLERANCE
+    assert max(found) < TOLERANCE.get(heading, 1e-5)
 
 
 @every
@@ -100,7 +100,7 @@ def test_the_table_of_the_page(heading):
     assert [int(before), int(after)] == [layers.lines(heading, own=own) for own in (True, False)]
     assert len(numbers) == len(layers.Step._fields)
     for name, number in zip(layers.Step._fields, numbers, strict=True):
-        assert float(number) < TOLERANCE or (heading == "Equinox" and name == "evaluation")
+        assert float(number) < TOLERANCE.get(heading, 1e-5) or (heading == "Equinox" and name == "evaluation")
 
 
 def expected_where_kept():
