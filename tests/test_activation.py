@@ -169,10 +169,9 @@ def test_on_gpus_each_of_the_sums_and_dx_masks_for_itself():
         unchecked = [jax.export.DisabledSafetyCheck.platform()]
         exported = jax.export.export(jax.jit(backward), platforms=(platform,), disabled_checks=unchecked)(X, DY)
         text = exported.mlir_module()
-        found = [text.count(f"stablehlo.{name} ") for name in ("sign", "optimization_barrier")]
-        assert found == {"cpu": [0, 3], "tpu": [0, 0]}.get(platform, [3, 1]), (
-            platform
-        )  # cpu: behind rows that are added
+        masks, barriers = (text.count(f"stablehlo.{name} ") for name in ("sign", "optimization_barrier"))
+        assert masks == (3 if platform in ("cuda", "rocm") else 0), platform
+        assert platform == "cpu" or barriers == (masks > 0)  # a CPU has some of its own, behind rows that it adds up
 
 
 @pytest.mark.parametrize(
