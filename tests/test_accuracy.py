@@ -10,6 +10,7 @@ import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
+from test_straight import lowered_for
 
 import jbn
 
@@ -180,14 +181,28 @@ def test_running_statistics_measured_without_a_center(offset):
         assert_allclose(state.mean, plain[0], rtol=5e-7)
 
 
+@cache
+def normalize_about_for(platform, size):
+    """As it is lowered for that platform; it runs here."""
+
+    def as_tuples(x, center):  # what `jax.export` knows
+        y, measured = normalize_about(x, center)
+        return y, tuple(measured)
+
+    operands = sample(size, 0), np.zeros(2, np.float32)
+    return jax.jit(lowered_for(platform, as_tuples, *operands))
+
+
 @offsets
 @sizes
 @pytest.mark.parametrize("distance", [0.0, 1.1, 11.9])
-def test_about_a_center(size, offset, distance):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_about_a_center(platform, size, offset, distance):
     """Up to 12 standard deviations away the one pass is as good as the two, also where the center is not round."""
     x = sample(size, offset)
     center = np.float32([offset + distance, 3 * (offset + distance)])
-    y, measured = normalize_about(x, center)
+    y, measured = normalize_about_for(platform, size)(x, center)
+    measured = jbn.Moments(*measured)
     _, mean, var = reference.moments(x)
     assert_allclose(measured.var, var, rtol=RTOL)
     assert_allclose(np.float64(measured.mean), mean, rtol=2.4e-7)

@@ -14,7 +14,7 @@ import jbn
 
 FEATURES = 16
 PARAMS, STATE = jbn.init(FEATURES)
-X, DY = np.random.default_rng(0).standard_normal((2, 256, 4, FEATURES)).astype(np.float32)
+X, DY = np.random.default_rng(0).standard_normal((2, 64, 32, FEATURES)).astype(np.float32)
 MASK = X[..., :1] > 0
 FORWARD = 2 * FEATURES + 1  # the count, and the sums of x - center and of its square
 # Checked: the gradients of scale and bias, which are all that dx needs. Else: of the moments, and what the user sums.

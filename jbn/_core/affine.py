@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jbn._core.batch import Batch
-from jbn._core.compilers import activation_tangent, again, spread
+from jbn._core.compilers import activation_tangent, again
 from jbn._types import Moments, Params
 
 
@@ -70,7 +70,7 @@ def _affine_jvp(activation, primals, tangents):
     mean, low, slope, bias = coefficients
     mean_dot, low_dot, slope_dot, bias_dot = coefficients_dot
     constant_dot = bias_dot - low * slope_dot - slope * (mean_dot + low_dot)
-    slope_along, slope_dot, constant_dot = batch.along(slope), spread(batch, slope_dot), spread(batch, constant_dot)
+    slope_along, slope_dot, constant_dot = map(batch.along, (slope, slope_dot, constant_dot))
     apart = batch.deviation(again(mean, low) if batch.weights is None else mean)
     parts = slope_along * dots.x, apart * slope_dot, constant_dot
     if activation is None:

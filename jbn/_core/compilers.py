@@ -6,8 +6,9 @@ another; what it computes once, it may write to memory. Optimization barriers ar
 - Rounding. A mean near 1e5 that two loops round differently spoils a variance by 5e-4. So a center has few bits, and a
   mean is the sum of two numbers, `mean` and `mean_low`: first a center and the way from there; then, `settled`, the
   mean in its dtype and what that has lost.
-- Sums. On a CPU x - center takes part in a sum where nothing else has a use for it, and is written to memory otherwise.
-  So each sum has words of its own: ten passes over memory, forward and backward, rather than fourteen.
+- Sums. The library of sums on a CPU takes x - center into a sum at half its speed, where nothing else has a use for
+  it, and wants it written otherwise. So in the forward pass a loop of XLA's own adds up rows for both sums, and the
+  library the rest; and in the backward pass each sum has words of its own: 9.25 passes over memory for fourteen.
 - Derivatives. On a GPU the derivative of an activation for two sums and dx is written to memory, unless each makes it
   again from x: 13.0 passes a layer rather than 14.1. Compilers for CPU and TPU do worse with that.
 
@@ -22,7 +23,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._core.layout import layout_of
-from jbn._core.pool import varying_as
 
 
 def few_bits(value, fewer):
@@ -62,43 +62,35 @@ def sums(batch, center):
 
 
 def sums_of_rows(batch, values):
-    """Two `values` [...] of a batch, where up to 16 in a row are added up to one, in one loop for both."""
-    axis, rows = rows_of(batch, 16)
+    """Two `values` [...] of a batch, where up to 16 in a row are added up to one: for XLA on a CPU one loop.
+
+    It would take into that loop all that makes x, and what makes that, up to a product or a convolution: of a chain of
+    normalizations everything before, once more in each. That is not done where something needs x that is no loop. So
+    the largest of two in so many is looked at, which nothing depends on. The library's sums are that too.
+    """
+    axis, rows = rows_of(batch)
     if rows == 1:
         return values
     cut = [jnp.reshape(value, (*value.shape[:axis], -1, rows, *value.shape[axis + 1 :])) for value in values]
     zeros = [jnp.zeros((), value.dtype) for value in values]
-    return lax.optimization_barrier(lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,)))
+    first, second = lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,))
+    window, strides = ([size if each == axis else 1 for each in range(batch.x.ndim)] for size in (2, rows))
+    largest = lax.reduce_window(batch.x, -jnp.inf, lax.max, window, strides, "VALID")
+    return lax.optimization_barrier((jnp.where(largest < -jnp.inf, largest, first), second))
 
 
-def spread(batch, value):
-    """`value` [*features] along a batch, in a tangent: its transpose is a sum, on a CPU first of up to 8 in a row."""
-    value, (axis, rows) = batch.along(value), rows_of(batch, 8)
-    if rows == 1 or jax.__version_info__ < (0, 11, 1):  # where the library wants all rows written to add them up
-        return value
+def rows_of(batch):
+    """An axis that is reduced and not the last, and how many in a row along it, 4 to 16, so that each has as many.
 
-    def of_rows(value):
-        shape = (*batch.x.shape[:axis], batch.x.shape[axis] // rows, *batch.x.shape[axis + 1 :])
-        value = lax.optimization_barrier(jnp.broadcast_to(value, shape))
-        return jnp.reshape(jnp.stack([value] * rows, axis + 1), batch.x.shape)
-
-    whole = partial(jnp.broadcast_to, shape=batch.x.shape)
-    return lax.platform_dependent(varying_as(value, batch.x), cpu=of_rows, default=whole)
-
-
-def rows_of(batch, most):
-    """An axis that is reduced and not the last, and how many in a row along it, at `most`, so that each has as many.
-
-    What is left of it can still be cut over all devices. It is 1 for less than 4, and where `x` is cut explicitly.
+    What is left of it can still be cut over all devices. It is 1 where there are none, or `x` is cut explicitly.
     """
-    shape, devices = batch.x.shape, jax.device_count()
-    layout = layout_of(batch.x)
+    shape, layout, devices = batch.x.shape, layout_of(batch.x), jax.device_count()
     if layout and any(layout.spec):
         return 0, 1
     for axis in (axis for axis in batch.axes if axis < len(shape) - 1):
-        rows = max(rows for rows in range(1, most + 1) if shape[axis] % (rows * devices) == 0 or rows == 1)
-        if rows >= 4:
-            return axis, rows
+        fitting = [rows for rows in range(4, 17) if shape[axis] % (rows * devices) == 0]
+        if fitting:
+            return axis, fitting[-1]
     return 0, 1
 
 

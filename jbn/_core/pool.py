@@ -30,20 +30,10 @@ class Pool(NamedTuple):
 
     def agreed(self, array):
         """`array` [...], or its mean where it differs between devices of the pool, as far as JAX's types tell."""
-        differing = tuple(name for name in self.names if name in varying(array))
+        kind = jax.typeof(array)  # `check_vma`
+        differs = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before jax 0.10.2, and since
+        differing = tuple(name for name in self.names if name in differs)
         return lax.pmean(array, differing) if differing else array
-
-
-def varying(array) -> frozenset[str]:
-    """The axes of `shard_map` along which `array` differs, as far as JAX's types tell: where it checks them."""
-    kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before jax 0.10.2, and since
-
-
-def varying_as(array, other):
-    """`array`, as one that differs along all axes that `other` does."""
-    names = tuple(sorted(varying(other) - varying(array)))
-    return lax.pcast(array, names, to="varying") if names else array
 
 
 ALONE = Pool()
