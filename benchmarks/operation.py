@@ -312,6 +312,11 @@ def markdown(record: dict) -> str:
     return "\n".join(lines)
 
 
+def of_machine() -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}"
+
+
 def main(config: Config) -> None:
     file = (config.folder or Path(__file__).resolve().parents[1] / "docs") / "operation.json"
     if config.markdown:
@@ -327,8 +332,7 @@ def main(config: Config) -> None:
             peers.append(name)
         else:
             console.print(f"{name} is not there and is left out.")
-    device = jax.devices()[0]
-    hardware = f"{device.device_kind}, {os.cpu_count()} cores, {platform.machine()}; jax {jax.__version__}"
+    hardware = of_machine()
     case = f"{config.what}, {config.dtype}, channels {'last' if config.axis == -1 else 'first'}"
     console.print(f"{hardware}; {case}")
     found = measure(config, peers)
