@@ -134,10 +134,11 @@ def test_a_horizon_follows_a_stream_that_has_moved():
     assert abs(long.mean[0] - 25) < 0.5 and long.var[0] > 600
 
 
+SPLIT = partial(jax.shard_map, in_specs=(P(), P(None, "data")), out_specs=P())
 WAYS = {
-    "vmap": lambda step: jax.vmap(step, (None, 0), None, axis_name="data"),
-    "shard_map": partial(jax.shard_map, in_specs=(P(), P("data")), out_specs=P()),
-    "shard_map unchecked": partial(jax.shard_map, in_specs=(P(), P("data")), out_specs=P(), check_vma=False),
+    "vmap": lambda run, mesh: jax.vmap(run, (None, 1), None, axis_name="data"),
+    "shard_map": lambda run, mesh: SPLIT(run, mesh=mesh),
+    "shard_map unchecked": lambda run, mesh: SPLIT(run, mesh=mesh, check_vma=False),
 }
 
 
@@ -147,14 +148,14 @@ def test_over_devices_it_is_that_of_one(way):
     x = X.copy()
     x[2, 3] = np.nan  # all of a device
 
-    def step(stream, x):
-        return streams.observe(stream, x, axis_name="data")
+    def run(stream, batches):
+        def step(stream, x):
+            return streams.observe(stream, x, axis_name="data"), None
 
-    split = WAYS[way](step) if way == "vmap" else WAYS[way](step, mesh=mesh)
-    split, stream = jax.jit(split), streams.init(3)
-    for each in x:
-        stream = split(stream, each.reshape(8, 1, 3) if way == "vmap" else each)
-    right(x, stream.moments)
+        return jax.lax.scan(step, stream, batches)[0]
+
+    found = jax.jit(WAYS[way](run, mesh))(streams.init(3), x[:, :, None] if way == "vmap" else x)
+    right(x, found.moments)
 
 
 def test_sharded_under_jit_nothing_is_named():
