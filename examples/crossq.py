@@ -1,6 +1,6 @@
 """CrossQ (Bhatt et al. 2024) swings up a pendulum: soft actor-critic whose critics see two states in one batch.
 
-    pip install -e '.[examples,flax,rl]'        # in a checkout; gymnasium is in rl
+    pip install -e '.[rl]'                      # in a checkout
     python examples/crossq.py                   # 1 minute on 2 CPU cores; --norm batch, --norm none
 
 There is no target network. What the critics are normalized by has to be right for (s, a) and for (s', a'), and so is
