@@ -2,14 +2,17 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import crossq
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pendulum
 import pytest
 
+ROOT = Path(__file__).parents[2]
 DISCOUNT, NOISE, BATCH, STEPS = 0.9, 0.3, 256, 2000
 
 
@@ -68,6 +71,14 @@ def test_the_density_of_an_action_is_that_of_a_squashed_normal():
     order = jnp.argsort(a[:, 0])
     a, density = a[order, 0], jnp.exp(density[order])
     assert abs(jnp.trapezoid(density, a) - 1) < 0.02  # but for what is left of the tails
+
+
+def test_the_table_of_the_page_is_that_of_the_record(tmp_path):
+    found = pendulum.claim.read(ROOT / "docs/pendulum.json")
+    assert len(found) == 20 and {len(job["step"]) for job in found.values()} == {12}
+    assert "\n".join(pendulum.tell(found)) in (ROOT / "docs/streams.md").read_text()
+    pendulum.draw(found, tmp_path / "pendulum.png")
+    assert (tmp_path / "pendulum.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("norm", ["renorm", "batch", "none"])
