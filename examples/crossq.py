@@ -20,6 +20,8 @@ import optax
 
 from jbn.linen import BatchNorm, BatchRenorm
 
+ACTIONS = 1  # the torque, of which -1 and 1 are the most there is
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -84,35 +86,33 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(config.rate, b1=0.5)  # as in the paper
 
 
-def init(config: Config, key, observations: int, actions: int) -> Agent:
+def init(config: Config, key, observations: int) -> Agent:
     keys = jax.random.split(key, 3)
-    x = jnp.zeros((1, observations + actions))
-    actor = network(config, 2 * actions).init(keys[0], x[:, :observations], train=False)
+    x = jnp.zeros((1, observations + ACTIONS))
+    actor = network(config, 2 * ACTIONS).init(keys[0], x[:, :observations], train=False)
     critics = jax.vmap(partial(network(config, 1).init, train=False), (0, None))(keys[1:], x)
     temperature = jnp.zeros(())
     moving = tuple(optimizer(config).init(each) for each in (actor["params"], critics["params"], temperature))
     return Agent(actor, critics, temperature, moving, jnp.zeros((), jnp.int32))
 
 
-def policy(config: Config, variables, s, key, train=False):
-    """Actions, the logarithm of their density, and the variables after."""
-    made = network(config, variables["params"]["Dense_2"]["bias"].size).apply(
-        variables, s, train=train, mutable=["batch_stats"] if train else []
-    )
-    (mean, spread), changed = jnp.split(made[0], 2, -1), made[1]
+def policy(config: Config, actor, s, key=None, *, train=False):
+    """Actions, with a key random ones, the logarithm of their density, and the variables after."""
+    found, changed = network(config, 2 * ACTIONS).apply(actor, s, train=train, mutable=["batch_stats"])
+    mean, spread = jnp.split(found, 2, -1)
     spread = jnp.clip(spread, -5, 2)
-    noise = jax.random.normal(key, mean.shape)
+    noise = jnp.zeros_like(mean) if key is None else jax.random.normal(key, mean.shape)
     before = mean + jnp.exp(spread) * noise
     normal = -0.5 * noise**2 - spread - 0.5 * jnp.log(2 * jnp.pi)
     density = normal - 2 * (jnp.log(2) - before - nn.softplus(-2 * before))  # the latter is log(1 - tanh^2)
-    return jnp.tanh(before), jnp.sum(density, -1), variables | changed
+    return jnp.tanh(before), jnp.sum(density, -1), actor | changed
 
 
-def values(config: Config, critics, s, a, train):
+def values(config: Config, critics, s, a, *, train):
     """Of both critics, [2, batch], and their variables after."""
-    apply = partial(network(config, 1).apply, train=train, mutable=["batch_stats"] if train else [])
-    made, changed = jax.vmap(apply, (0, None))(critics, jnp.concatenate([s, a], -1))
-    return made[..., 0], critics | changed
+    apply = partial(network(config, 1).apply, train=train, mutable=["batch_stats"])
+    found, changed = jax.vmap(apply, (0, None))(critics, jnp.concatenate([s, a], -1))
+    return found[..., 0], critics | changed
 
 
 def joint_loss(params, config: Config, critics, data: Transitions, a_after, bonus):
@@ -154,7 +154,7 @@ def update(config: Config, agent: Agent, data: Transitions, key) -> Agent:
         gradient = jax.grad(policy_loss, has_aux=True)
         gradients, (actor, density) = gradient(actor["params"], config, actor, critics, temperature, data.s, keys[1])
         params, of_actor = moved(gradients, moving[0], actor["params"])
-        target = -jnp.mean(density) + data.a.shape[-1]  # the entropy aimed at is minus the number of actions
+        target = -jnp.mean(density) + ACTIONS  # the entropy aimed at is minus the number of actions
         temperature, of_temperature = moved(target * jnp.exp(temperature), moving[1], temperature)
         return actor | {"params": params}, temperature, (of_actor, of_temperature)
 
@@ -169,14 +169,8 @@ def update(config: Config, agent: Agent, data: Transitions, key) -> Agent:
 
 
 @partial(jax.jit, static_argnums=0)
-def explore(config: Config, agent: Agent, s, key):
+def act(config: Config, agent: Agent, s, key=None):
     return policy(config, agent.actor, s, key)[0]
-
-
-@partial(jax.jit, static_argnums=0)
-def exploit(config: Config, agent: Agent, s):
-    mean = network(config, agent.actor["params"]["Dense_2"]["bias"].size).apply(agent.actor, s, train=False)
-    return jnp.tanh(jnp.split(mean, 2, -1)[0])
 
 
 def evaluate(config: Config, agent: Agent) -> float:
@@ -187,7 +181,7 @@ def evaluate(config: Config, agent: Agent) -> float:
     s, _ = environments.reset(seed=1_000)
     total = np.zeros(config.episodes)
     for _ in range(200):
-        s, reward, *_ = environments.step(2 * np.asarray(exploit(config, agent, s)))
+        s, reward, *_ = environments.step(2 * np.asarray(act(config, agent, s)))
         total += reward
     return float(total.mean())
 
@@ -198,7 +192,7 @@ def train(config: Config, seed: int = 0) -> Iterator[tuple[int, float, Agent]]:
 
     environment = gymnasium.make("Pendulum-v1")
     random, key = np.random.default_rng(seed), jax.random.key(seed)
-    agent = init(config, key, 3, 1)
+    agent = init(config, key, 3)
     held = Transitions(*(np.zeros((config.steps, *shape), np.float32) for shape in ((3,), (1,), (), (), (3,))))
     s, _ = environment.reset(seed=seed)
     for step in range(config.steps):
@@ -206,7 +200,7 @@ def train(config: Config, seed: int = 0) -> Iterator[tuple[int, float, Agent]]:
         if step < config.start:
             a = random.uniform(-1, 1, 1).astype(np.float32)
         else:
-            a = np.asarray(explore(config, agent, s[None], of_step[0])[0])
+            a = np.asarray(act(config, agent, s[None], of_step[0])[0])
         after, reward, terminated, truncated, _ = environment.step(2 * a)
         for array, value in zip(held, (s, a, reward, config.gamma * (not terminated), after), strict=True):
             array[step] = value

@@ -237,6 +237,16 @@ def test_gymnasium_divided_the_rewards_by_the_same():
         active = ~terminated
 
 
+def test_in_float64():
+    with jax.enable_x64(True):
+        x = RNG.normal(1e6, 1, (10, 8, 3))
+        stream = streams.init(3, dtype=jnp.float64)
+        for each in x:
+            stream = streams.observe(stream, each)
+        assert stream.moments.var.dtype == "float64"
+        assert_allclose(stream.moments.var, x.reshape(-1, 3).var(0), rtol=1e-9)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"horizon is 0\.5; expected a number of at least 1"):
         streams.observe(streams.init(3), X[0], horizon=0.5)

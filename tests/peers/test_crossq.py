@@ -45,7 +45,7 @@ def learned(config, key):
         updates, moving = optimizer.update(gradients, moving)
         return (critics | {"params": optax.apply_updates(critics["params"], updates)}, moving), None
 
-    critics = crossq.init(config, key, 1, 1).critics
+    critics = crossq.init(config, key, 1).critics
     return jax.lax.scan(step, (critics, optimizer.init(critics["params"])), jnp.arange(STEPS))[0][0]
 
 
@@ -65,7 +65,7 @@ def test_the_critics_learn_the_known_value(norm):
 def test_the_density_of_an_action_is_that_of_a_squashed_normal():
     """Its integral over the action is 1, by a grid."""
     config = crossq.Config(norm="none", width=8)
-    agent = crossq.init(config, jax.random.key(0), 3, 1)
+    agent = crossq.init(config, jax.random.key(0), 3)
     s = jnp.ones((4000, 3))
     a, density, _ = crossq.policy(config, agent.actor, s, jax.random.key(1))
     order = jnp.argsort(a[:, 0])
