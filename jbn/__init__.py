@@ -7,7 +7,7 @@ Measure:        `moments` of a batch, `merge` of several; `empty_moments` to acc
 Whole networks: `recalibrate` to exact statistics, `drift` from them, `merge_states` of several runs
 Inference:      `fold` and `fold_into` the linear map before
 By name:        `jbn.linen`, `jbn.nnx`, `jbn.equinox` (layers); `jbn.convert`, `jbn.presets` (other libraries' arrays
-                and settings)
+                and settings); `jbn.streams` (observations, rewards and tables as they come)
 
 All take features last (`feature_axis`), statistics in float32, masks and weights (`weights`), and pool over named axes
 of devices (`axis_name`). `help(jbn.batch_norm)` has the formula, every argument and an example.

@@ -1,7 +1,7 @@
 """Batch renormalization: batch normalization with another scale and bias, drawn from the running statistics."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jbn._batch_norm import normalize
 from jbn._core.affine import Affine, Rule, Standardize
+from jbn._core.batch import Batch
 from jbn._core.held import Held
 from jbn._door.batch import check_batch
 from jbn._door.fields import check_fields
@@ -80,23 +81,29 @@ def batch_renorm(
       [[0.0], [1.0]]
     """
     check_train(train)
+    pooling = (axis_name, axis_index_groups) if train else (None, None)
+    batch = check_batch(x, feature_axis, weights, *pooling)
+    numbers = {"decay": decay, "epsilon": epsilon, "unbiased": unbiased}
+    correct = correction(batch, r_max, d_max, r_min)
+    return normalize(batch, params, state, train=train, activation=activation, **numbers, correct=correct)
+
+
+def correction(batch: Batch, r_max, d_max, r_min=None) -> Callable[[Standardize, State | Held], Rule]:
+    """What `normalize` takes to renormalize a batch within these limits."""
     check_limit("r_max", r_max, 1)
     check_limit("d_max", d_max, 0)
     if r_min is not None:
         check_limit("r_min", r_min, 0, 1)
-    pooling = (axis_name, axis_index_groups) if train else (None, None)
-    batch = check_batch(x, feature_axis, weights, *pooling)
     features, dtype = batch.features, batch.features.dtype
     r_max, d_max = (jnp.asarray(limit, dtype) for limit in (r_max, d_max))
     r_min = 1 / r_max if r_min is None else jnp.asarray(r_min, dtype)
 
-    def correct(rule: Standardize, carried) -> Rule:
+    def correct(rule: Standardize, carried: State | Held) -> Rule:
         if isinstance(carried, Held):
             return rule
         return Corrected(rule, r_min, r_max, d_max, sound(check_fields("state", carried, State, features)))
 
-    numbers = {"decay": decay, "epsilon": epsilon, "unbiased": unbiased}
-    return normalize(batch, params, state, train=train, activation=activation, **numbers, correct=correct)
+    return correct
 
 
 class Corrected(NamedTuple):
@@ -153,3 +160,17 @@ def renorm_limits(
     steps = jnp.asarray(step, jnp.float32)
     r_ramp, d_ramp = (jnp.clip((steps - start) / (end - start), 0, 1) for end in (r_end, d_end))
     return 1 + 2 * r_ramp, 5 * d_ramp
+
+
+Limits = tuple[Any, Any] | Callable[[jax.Array], tuple[Any, Any]]
+
+
+def limits_at(step: jax.Array, limits: Limits, warmup_steps: int) -> tuple[Any, Any]:
+    """The limits of a layer that has trained for `step` steps: (1, 0), and from `warmup_steps` on what it was given."""
+    if callable(limits):
+        return limits(step)
+    r_max, d_max = limits
+    check_limit("r_max", r_max, 1)
+    check_limit("d_max", d_max, 0)
+    warm = step >= warmup_steps
+    return jnp.where(warm, r_max, 1.0), jnp.where(warm, d_max, 0.0)

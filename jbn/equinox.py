@@ -1,6 +1,10 @@
-"""Equinox: `eqx.nn.BatchNorm` by jbn, with the same signature and a `jbn.State` in the `eqx.nn.State`."""
+"""Equinox: `eqx.nn.BatchNorm` by jbn, with the same signature and a `jbn.State` in the `eqx.nn.State`.
+
+`jbn.equinox.BatchRenorm` is the same with batch renormalization.
+"""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ except ImportError as error:
     raise ImportError("jbn.equinox needs Equinox: pip install 'jbn[equinox]'") from error
 
 from jbn._batch_norm import batch_norm
+from jbn._renorm import Limits, batch_renorm, limits_at
 from jbn._start import init
 from jbn._types import Params, State
 
@@ -133,7 +138,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         """
         del key
         train = not (self.inference if inference is None else inference)
-        y, new = batch_norm(
+        rule, state = self._rule(state, train)
+        y, new = rule(
             x,
             Params(self.weight, self.bias),
             state.get(self.state_index),
@@ -147,3 +153,66 @@ class BatchNorm(eqx.nn.StatefulLayer):
             activation=self.activation,
         )
         return y, state.set(self.state_index, new) if train else state
+
+    def _rule(self, state: eqx.nn.State, train: bool) -> tuple[Callable, eqx.nn.State]:
+        """What computes this step, and the state behind it but for its statistics."""
+        return batch_norm, state
+
+
+class BatchRenorm(BatchNorm):
+    """`jbn.equinox.BatchNorm`, computed by `jbn.batch_renorm`: for small batches, and for data that moves.
+
+    In training, with s = sqrt(var + eps), and r and d without gradient,
+
+        r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
+        y = weight * ((x - mean) / s * r + d) + bias
+
+    For the first `warmup_steps` steps r_max is 1 and d_max 0, which is batch norm; then they are `limits`.
+    `state.get(layer.steps_index)`, int32 of shape [], counts the steps of training. All else is as in `BatchNorm`.
+
+    Args:
+      input_size, axis_name: as in `BatchNorm`.
+      limits: r_max and d_max; or a function that is given the number of steps so far, and gives them, with a warm-up of
+        its own, such as `jbn.renorm_limits`: `warmup_steps` then has no part.
+      warmup_steps: 100,000, as in CrossQ.
+      **options: those of `BatchNorm`.
+
+    Source: Ioffe 2017, "Batch Renormalization", algorithm 1; the warm-up as in Bhatt et al. 2024, "CrossQ".
+
+    Examples:
+      >>> import equinox as eqx
+      >>> from jbn.equinox import BatchRenorm
+      >>> layer, state = eqx.nn.make_with_state(BatchRenorm)(1, axis_name="batch", momentum=0.5, warmup_steps=1)
+      >>> over_batch = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, state = over_batch(x, state)
+      >>> y.round(3).tolist(), int(state.get(layer.steps_index))
+      ([[-1.0], [1.0]], 1)
+      >>> over_batch(x + 1, state)[0].round(3).tolist()  # running mean 2, variance 1
+      [[0.0], [2.0]]
+    """
+
+    steps_index: eqx.nn.StateIndex[jax.Array]
+    limits: Limits = eqx.field(static=True)
+    warmup_steps: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        input_size: int,
+        axis_name: str | Sequence[str],
+        *,
+        limits: Limits = (3.0, 5.0),
+        warmup_steps: int = 100_000,
+        **options,
+    ):
+        super().__init__(input_size, axis_name, **options)
+        self.steps_index = eqx.nn.StateIndex(jnp.zeros((), jnp.int32))
+        self.limits = limits
+        self.warmup_steps = warmup_steps
+
+    def _rule(self, state, train):
+        if not train:
+            return batch_norm, state
+        steps = state.get(self.steps_index)
+        r_max, d_max = limits_at(steps, self.limits, self.warmup_steps)
+        return partial(batch_renorm, r_max=r_max, d_max=d_max), state.set(self.steps_index, steps + 1)

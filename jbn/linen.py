@@ -1,5 +1,7 @@
 """Batch normalization as a layer of Flax's linen, in the place of `flax.linen.BatchNorm`: `jbn.linen.BatchNorm`.
 
+`jbn.linen.BatchRenorm` is the same with batch renormalization.
+
 `states` and `batch_stats` lead from a network's variables to what `jbn.recalibrate`, `jbn.drift` and
 `jbn.merge_states` take, and back:
 
@@ -31,6 +33,7 @@ from jbn._core.merge import merged
 from jbn._core.normalize import center_of
 from jbn._core.running import empty
 from jbn._libraries.flax import prepare, state_of, weight_of
+from jbn._renorm import Limits, limits_at
 from jbn._types import Params, State, statistics_dtype
 
 
@@ -112,7 +115,7 @@ class BatchNorm(nn.BatchNorm):
         scale = self.param("scale", self.scale_init, features, self.param_dtype) if self.use_scale else None
         bias = self.param("bias", self.bias_init, features, self.param_dtype) if self.use_bias else None
         old = state_of(**{name: variable.value for name, variable in running.items()})
-        y, new = call.normalize(self, Params(scale, bias), old)
+        y, new = call.normalize(self, Params(scale, bias), old, self._limits(train))
         if train:
             for name, value in batch_stats(new, like=running).items():
                 running[name].value = jnp.asarray(value)
@@ -120,6 +123,54 @@ class BatchNorm(nn.BatchNorm):
                 measured = moments_of(call.batch, center_of(call.batch, old))  # one center, and so measured once
                 self.sow("moments", "moments", measured, reduce_fn=merged, init_fn=partial(empty, old))
         return y
+
+    def _limits(self, train: bool) -> tuple[Any, Any] | None:
+        """How far a batch is renormalized, r_max and d_max, in this step; `None` where it is not."""
+        return None
+
+
+class BatchRenorm(BatchNorm):
+    """`jbn.linen.BatchNorm`, computed by `jbn.batch_renorm`: for small batches, and for data that moves.
+
+    In training, with s = sqrt(var + epsilon), and r and d without gradient,
+
+        r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
+        y = scale * ((x - mean) / s * r + d) + bias
+
+    For the first `warmup_steps` steps r_max is 1 and d_max 0, which is batch norm; then they are `limits`. One more
+    variable of 'batch_stats', 'steps', int32 of shape [], counts the steps of training. Statistics without it, as those
+    of `BatchNorm`, start at 0; those with it are evaluated by `BatchNorm` too. All else is as in `BatchNorm`.
+
+    Attributes:
+      limits: r_max and d_max, numbers that may be traced; or a function that is given the number of steps so far, and
+        gives them, with a warm-up of its own, such as `jbn.renorm_limits`: `warmup_steps` then has no part.
+      warmup_steps: 100,000, as in CrossQ.
+
+    Source: Ioffe 2017, "Batch Renormalization", algorithm 1; the warm-up as in Bhatt et al. 2024, "CrossQ".
+
+    Examples:
+      >>> layer = jbn.linen.BatchRenorm(use_running_average=False, momentum=0.5, warmup_steps=1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> y, changed = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> y.round(3).tolist(), int(changed["batch_stats"]["steps"])
+      ([[-1.0], [1.0]], 1)
+      >>> y, _ = layer.apply(variables | changed, x + 2, mutable=["batch_stats"])  # running mean 1, variance 1
+      >>> y.round(3).tolist()
+      [[2.0], [4.0]]
+    """
+
+    limits: Limits = (3.0, 5.0)
+    warmup_steps: int = 100_000
+
+    def _limits(self, train):
+        if not (train or self.is_initializing()):
+            return None
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        limits = limits_at(steps.value, self.limits, self.warmup_steps)
+        if train:
+            steps.value += 1
+        return limits
 
 
 def states(batch_stats: Any) -> Any:
@@ -130,7 +181,7 @@ def states(batch_stats: Any) -> Any:
 
     Returns:
       The same tree of dicts with a `jbn.State` for every dict of 'mean' and 'var', of full evidence where there is no
-      'weight' too. Anything else stays as it is.
+      'weight' too, and without 'steps'. Anything else stays as it is.
 
     Examples:
       >>> jbn.linen.states({"BatchNorm_0": {"mean": jnp.zeros(1), "var": jnp.ones(1)}})["BatchNorm_0"].weight.tolist()
@@ -138,9 +189,9 @@ def states(batch_stats: Any) -> Any:
     """
     if not isinstance(batch_stats, Mapping):
         return batch_stats
-    named = {"mean", "var"} <= set(batch_stats) <= {"mean", "var", "weight"}
+    named = {"mean", "var"} <= set(batch_stats) <= {"mean", "var", "weight", "steps"}
     if named and not any(isinstance(value, Mapping) for value in batch_stats.values()):
-        return state_of(**batch_stats)
+        return state_of(**{name: value for name, value in batch_stats.items() if name != "steps"})
     return {name: states(value) for name, value in batch_stats.items()}
 
 
@@ -149,11 +200,12 @@ def batch_stats(states: Any, like: Any = None) -> Any:
 
     Args:
       states: nested dicts with `jbn.State` in them.
-      like: the collection that it takes the place of: there is a 'weight' where it has one. Without it, everywhere, as
-        needed within the `apply` of `jbn.recalibrate`, where the weight carries what was measured.
+      like: the collection that it takes the place of: there is a 'weight' where it has one, and its 'steps'. Without
+        it there is a weight everywhere, as needed within the `apply` of `jbn.recalibrate`, where it carries what was
+        measured.
 
     Returns:
-      The same tree with a dict of 'mean', 'var' and 'weight' for every `jbn.State`.
+      The same tree with a dict of 'mean', 'var', 'weight' and 'steps' for every `jbn.State`.
 
     Raises:
       ValueError: `like` has other names than `states`.
@@ -164,8 +216,10 @@ def batch_stats(states: Any, like: Any = None) -> Any:
       ['mean', 'var', 'weight']
     """
     if isinstance(states, State):
-        weighed = like is None or "weight" in like
-        return {"mean": states.mean, "var": states.var} | ({"weight": weight_of(states)} if weighed else {})
+        found = {"mean": states.mean, "var": states.var, "weight": weight_of(states)}
+        if like is None:
+            return found
+        return {name: found.get(name, kept) for name, kept in like.items()}
     if not isinstance(states, Mapping):
         return states
     if like is not None and (not isinstance(like, Mapping) or set(like) != set(states)):

@@ -1,5 +1,7 @@
 """Batch normalization as a layer of Flax's nnx, in the place of `flax.nnx.BatchNorm`: `jbn.nnx.BatchNorm`.
 
+`jbn.nnx.BatchRenorm` is the same with batch renormalization.
+
 `states` and `set_states` lead from a model to what `jbn.recalibrate`, `jbn.drift` and `jbn.merge_states` take, and
 back. For a model that shares no module or variable between two places, which JAX takes as a pytree:
 
@@ -18,6 +20,7 @@ For any other, pass `nnx.split(model)` for the params and begin `apply` with `mo
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,7 @@ except ImportError as error:
 
 from jbn._core.held import held_by
 from jbn._libraries.flax import prepare, state_of, weight_of
+from jbn._renorm import Limits, limits_at
 from jbn._types import Params, State
 
 
@@ -121,10 +125,63 @@ class BatchNorm(nnx.BatchNorm):
             return jax.tree.map(lambda field: jnp.reshape(field, new + field.shape[len(old) :]), fields)
 
         params = shaped(Params(_value(self.scale), _value(self.bias)), kept, features)
-        y, state = call.normalize(self, params, shaped(_state(self), kept, features))
-        if not evaluate:
+        y, state = call.normalize(self, params, shaped(_state(self), kept, features), self._limits(call.train))
+        if call.train:
             _set(self, shaped(state, features, kept))
         return y
+
+    def _limits(self, train: bool) -> tuple[Any, Any] | None:
+        """How far a batch is renormalized, r_max and d_max, in this step; `None` where it is not."""
+        return None
+
+
+class BatchRenorm(BatchNorm):
+    """`jbn.nnx.BatchNorm`, computed by `jbn.batch_renorm`: for small batches, and for data that moves.
+
+    In training, with s = sqrt(var + epsilon), and r and d without gradient,
+
+        r = clip(s / s_run, 1 / r_max, r_max),  d = clip((mean - mean_run) / s_run, -d_max, d_max)
+        y = scale * ((x - mean) / s * r + d) + bias
+
+    For the first `warmup_steps` steps r_max is 1 and d_max 0, which is batch norm; then they are `limits`. One more
+    `nnx.BatchStat`, `steps`, int32 of shape [], counts the steps of training. `nnx.update` by the state of a
+    `BatchNorm`, which has none, leaves it. All else is as in `BatchNorm`.
+
+    Source: Ioffe 2017, "Batch Renormalization", algorithm 1; the warm-up as in Bhatt et al. 2024, "CrossQ".
+
+    Examples:
+      >>> layer = jbn.nnx.BatchRenorm(1, momentum=0.5, warmup_steps=1, rngs=nnx.Rngs(0))
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y = layer(x)
+      >>> y.round(3).tolist(), int(layer.steps[...])
+      ([[-1.0], [1.0]], 1)
+      >>> layer(x + 2).round(3).tolist()  # running mean 1, variance 1
+      [[2.0], [4.0]]
+    """
+
+    def __init__(
+        self, num_features: int, *, limits: Limits = (3.0, 5.0), warmup_steps: int = 100_000, rngs: nnx.Rngs, **options
+    ):
+        """`options` are those of `BatchNorm`.
+
+        Args:
+          num_features: as in `BatchNorm`.
+          limits: r_max and d_max; or a function that is given the number of steps so far, and gives them, with a
+            warm-up of its own, such as `jbn.renorm_limits`: `warmup_steps` then has no part.
+          warmup_steps: 100,000, as in CrossQ.
+          rngs: as in `BatchNorm`.
+        """
+        super().__init__(num_features, rngs=rngs, **options)
+        self.limits = limits
+        self.warmup_steps = warmup_steps
+        self.steps = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def _limits(self, train):
+        if not train:
+            return None
+        steps = self.steps[...]
+        self.steps[...] = steps + 1
+        return limits_at(steps, self.limits, self.warmup_steps)
 
 
 def states(model: nnx.Module) -> dict[str, State]:

@@ -87,7 +87,7 @@ def test_the_folded_network_exported_is_the_network():
     assert "rsqrt" not in found["program"].mlir_module()
 
 
-@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md", "docs/libraries.md"])
+@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md", "docs/libraries.md", "docs/streams.md"])
 def test_what_a_page_asserts(page):
     assert "assert" in "".join(snippets(page))
     run(page)

@@ -20,7 +20,8 @@ def run(program, *folders):
 def loaded(first, *folders):
     """Which optional packages are loaded after `first` and what needs none of them."""
     program = (
-        f"{first}\nimport jbn.convert, jbn.presets, sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+        f"{first}\nimport jbn.convert, jbn.presets, jbn.streams, sys\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     return set(run(program, *folders).split()) & set(OPTIONAL)
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
 import jbn
+from jbn import streams
 
 ROWS, FEATURES = 16, 6
 PARAMS, STATE = jbn.init(FEATURES)
@@ -67,6 +68,11 @@ def recalibration(x, dy, params, state):
     return jbn.recalibrate(apply, params, state, [x], passes=1)
 
 
+def stream(x, dy, params, state):
+    seen = streams.observe(streams.init(FEATURES), x, weights=MASK, horizon=1e6)
+    return seen, streams.normalize(seen, x, clip=5.0)
+
+
 FORMS = {
     "training": training,
     "masked": partial(training, weights=MASK),
@@ -84,6 +90,7 @@ FORMS = {
     "partly manual": partial(in_shard_map, check_vma=True, axis_names={"i"}),
     "partly manual, unchecked": partial(in_shard_map, check_vma=False, axis_names={"i"}),
     "renorm": partial(training, normalize=jbn.batch_renorm),
+    "stream": stream,
     "recalibrate": recalibration,
     "evaluation": lambda x, dy, params, state: jbn.batch_norm(x, params, state, train=False)[0],
     "no center": lambda x, dy, params, state: jax.grad(lambda x: jnp.sum(jbn.normalize_batch(x, params)[0] ** 3))(x),

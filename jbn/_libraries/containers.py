@@ -35,8 +35,8 @@ def from_flax(
     Args:
       params: scale and bias `[*features]`, either of which may be missing; of a linen layer without them `{}` or
         `None`. Of an nnx layer `nnx.state(layer, nnx.Param)`.
-      batch_stats: mean and var `[*features]`, and the weight of jbn's own layers with debias. Of an nnx layer
-        `nnx.state(layer, nnx.BatchStat)`.
+      batch_stats: mean and var `[*features]`, the weight of jbn's own layers with debias, and the steps of those with
+        renormalization, which are left behind. Of an nnx layer `nnx.state(layer, nnx.BatchStat)`.
       steps: with `decay`, to take out the initial values; see the module.
       decay: Flax's momentum.
 
@@ -49,7 +49,7 @@ def from_flax(
       (None, [0.5], [4.0], [1.0])
     """
     entries = _joined(params=params, batch_stats=batch_stats)
-    weight = entries.pop("weight", None)
+    weight, _ = entries.pop("weight", None), entries.pop("steps", None)
     hint = "Pass the collections of one layer, as variables['params']['BatchNorm_0']."
     converted, state = read(row("flax"), entries, steps=steps, decay=decay, hint=hint)
     return converted, state if weight is None else state._replace(weight=jnp.array(weight))

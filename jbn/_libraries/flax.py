@@ -13,6 +13,7 @@ from jbn._core.batch import Batch
 from jbn._core.held import held_by
 from jbn._door.batch import check_batch
 from jbn._door.numbers import as_array
+from jbn._renorm import correction
 from jbn._types import Params, State, statistics_dtype
 
 NOTHING = 1e-30  # no evidence, of a mean and variance that are set: those of a batch that was too far away
@@ -25,9 +26,10 @@ class Call(NamedTuple):
     dtype: jnp.dtype  # of what the layer returns
     train: bool
 
-    def normalize(self, layer, params: Params, state: State) -> tuple[jax.Array, State]:
-        """`batch_norm` with what Flax's attributes mean to it."""
+    def normalize(self, layer, params: Params, state: State, limits) -> tuple[jax.Array, State]:
+        """`batch_norm`, or `batch_renorm` within `limits`, with what Flax's attributes mean to it."""
         numbers = {"decay": layer.momentum, "epsilon": layer.epsilon, "unbiased": layer.unbiased}
+        numbers |= {"correct": correction(self.batch, *limits)} if limits else {}
         y, state = normalize(self.batch, params, state, train=self.train, activation=layer.activation, **numbers)
         return y.astype(self.dtype), state
 

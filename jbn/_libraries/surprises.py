@@ -4,6 +4,11 @@ UNCOUNTED = "With momentum=None a counter that starts again at 0 lets the next b
 BACKWARD = "The statistics move in the backward pass."
 RANK = "One layer divides its running variance by n for 2-D and 3-D input, and by n - 1 for 4-D."
 
+RENORM = (
+    "After 100,000 steps by its counter it is a batch renormalization with epsilon in another place than in the paper: "
+    "it divides by the root of variance / r^2 + epsilon. A feature that is constant in a batch is not corrected."
+)
+
 SURPRISES = {
     "torch": f"PyTorch refuses a state_dict without num_batches_tracked, and takes a plain dict without. {UNCOUNTED}",
     "torchvision frozen": "Nothing moves and nothing is learned: weight and bias are buffers.",
@@ -49,5 +54,11 @@ SURPRISES = {
     "nflows": "The scale is softplus(weight) + epsilon. Both averages start at 0 and are never debiased, so the "
     "variance is too small by decay^steps.",
     "pyro": "Keras's names. The scale is relu(gamma) + 1e-6. The inverse of the flow is what normalizes.",
+    "sbx": f"{RENORM} Its file loads into jbn.linen.BatchRenorm, steps and all; the other way round r_max and d_max, 3 "
+    "and 5, are to be added.",
+    "sb3 contrib": RENORM,
+    "torchrl": "After 10,000 steps by its counter it is a batch renormalization, whose correction is multiplied by how "
+    "often so many have gone by: after 20,000 it is twice what its limits allow. Where x is not 2-D, the running "
+    "variance takes the rows for n.",
     "ncnn": "Epsilon is 0 by default; a variance of 0 then divides by 1e-4.",
 }

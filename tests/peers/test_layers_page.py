@@ -69,6 +69,16 @@ def test_the_section_runs_and_recalibrates_to_the_statistics_of_all_batches(head
     assert np.isfinite(np.asarray(found["y"])).all()
 
 
+def test_the_layers_with_renormalization_are_made_as_the_page_says():
+    found = run("Batch renormalization")
+    x = found["batches"][0]
+    assert found["short"].init(jax.random.key(0), x)["batch_stats"]["steps"] == 0
+    assert found["sooner"](x).shape == x.shape and int(found["sooner"].steps[...]) == 1
+    layer, state = found["paper"]
+    y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+    assert y.shape == x.shape and int(state.get(layer.steps_index)) == 1
+
+
 @every
 def test_ten_steps_are_those_of_the_frameworks_own_layer(heading):
     found = layers.differences(heading)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parents[1] / "libraries"
+RENORM = FOLDER.parent / "renorm"
 STEPS = 4
 SCALE, BIAS = np.array([0.5, -1, 2], np.float32), np.array([0.1, 1, -3], np.float32)
 
@@ -121,7 +122,28 @@ def write(
     arrays = {"x": x, "evaluated": evaluated, "trained": trained, "settings": json.dumps(settings)}
     arrays.update({"entries/" + name: value for name, value in stored.items()})
     arrays.update({"next/" + name: value for name, value in after.items()})
-    path = FOLDER / (library.replace(" ", "-") + ".npz")
+    save(FOLDER / (library.replace(" ", "-") + ".npz"), arrays)
+    print(", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in stored.items()))
+
+
+def write_renorm(name, package, runs):
+    """Twenty steps of batch renormalization by each of `runs`: {settings: layer}, whose correction starts on the way.
+
+    layer(batch, train) -> output, running mean, running variance, after the step.
+    """
+    rng = np.random.default_rng(0)
+    x = np.float32([rng.normal([0, 0.5 * t, -1], [1 + 9 * (t > 9), 1, 0.2], (8, 3)) for t in range(20)])
+    arrays = {"x": x}
+    for run, (settings, layer) in runs.items():
+        found = [[np.array(each) for each in layer(batch, True)] for batch in x]
+        parts = {part: np.array([step[i] for step in found]) for i, part in enumerate(("y", "mean", "var"))}
+        settings = {"package": f"{package}=={version(package)}", "python": platform.python_version(), **settings}
+        parts.update(evaluated=np.array(layer(x[-1], False)[0]), settings=json.dumps(settings))
+        arrays.update({f"{run}/{part}": value for part, value in parts.items()})
+    save(RENORM / f"{name}.npz", arrays)
+
+
+def save(path, arrays):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:  # as np.savez_compressed, whose headers are longer
         for name, value in arrays.items():
             buffer = io.BytesIO()
@@ -129,5 +151,4 @@ def write(
             file.writestr(
                 zipfile.ZipInfo(name + ".npy", (2026, 11, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED
             )
-    shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in stored.items())
-    print(f"{path.name}: {path.stat().st_size} bytes, {shapes}")
+    print(f"{path.name}: {path.stat().st_size} bytes")
