@@ -216,10 +216,9 @@ def batch_stats(states: Any, like: Any = None) -> Any:
       ['mean', 'var', 'weight']
     """
     if isinstance(states, State):
-        found = {"mean": states.mean, "var": states.var, "weight": weight_of(states)}
-        if like is None:
-            return found
-        return {name: found.get(name, kept) for name, kept in like.items()}
+        weighed = like is None or "weight" in like
+        found = {"mean": states.mean, "var": states.var} | ({"weight": weight_of(states)} if weighed else {})
+        return {**(like or {}), **found}
     if not isinstance(states, Mapping):
         return states
     if like is not None and (not isinstance(like, Mapping) or set(like) != set(states)):
