@@ -4,14 +4,14 @@ Tolerances: both sides round sums of up to 120 float32 values near 1 to 10 in th
 largest; two layers and ten steps of training add up.
 """
 
+import frameworks
 import jax
 import jax.numpy as jnp
-import layers
 import numpy as np
 import pytest
 import reference
+from frameworks import BATCHES, FLAX, LAYERS, MOMENTUM, ROWS, TARGETS, X
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from layers import BATCHES, FLAX, LAYERS, MOMENTUM, ROWS, TARGETS, X
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -55,7 +55,7 @@ def by_hand(linear, x):
     return found, x
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, layers.Nnx(jbn.nnx.BatchNorm, graph=False)], ids=name)
+@pytest.mark.parametrize("layer", [*LAYERS, frameworks.Nnx(jbn.nnx.BatchNorm, graph=False)], ids=name)
 def test_ten_steps_are_those_of_the_framework(layer):
     ours, theirs = layer.network(), layer.network(own=True)
     before = layer.evaluate(ours, BATCHES[0])
@@ -289,11 +289,11 @@ class TestRecalibration:
         model = layer.stack(**options)
         linear = [*layer.of_stack(model)]
         apply, params, states = layer.recalibration(model)
-        (exact,) = layers.states_in(jbn.recalibrate(apply, params, states, [ROWS]))
+        (exact,) = frameworks.states_in(jbn.recalibrate(apply, params, states, [ROWS]))
         statistics, expected_y = by_hand(linear, ROWS)
         exactly([jax.tree.map(lambda field, at=at: field[at], exact) for at in range(3)], statistics)
         y, new = apply(params, states, ROWS)
         assert_allclose(y, expected_y, atol=CLOSE)
-        (new,) = layers.states_in(new)
+        (new,) = frameworks.states_in(new)
         share = 1 if options or not layer.flax else 1 - MOMENTUM
         assert_allclose(new.mean, share * np.array([mean for mean, _ in statistics]), atol=CLOSE)

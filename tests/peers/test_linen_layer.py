@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 import ways
 from flax import errors
+from frameworks import KEY, LAYERS, RNG, ROWS, Linen, X
 from jax.sharding import NamedSharding, PartitionSpec
-from layers import KEY, LAYERS, RNG, ROWS, Linen, X
 from numpy.testing import assert_allclose, assert_array_equal
 from test_layers import MESH, PARTS, WHOLE, WIDE, expected, same
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers import BATCHES, LAYERS, Nnx, X, values
+from frameworks import BATCHES, LAYERS, Nnx, X, values
 from numpy.testing import assert_allclose, assert_array_equal
 from test_layers import by_hand, exactly, same
 
