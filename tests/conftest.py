@@ -9,7 +9,9 @@ import pytest
 CORE = Path(__file__).parent
 collect_ignore_glob = ["golden/make/*"]  # each needs the library that it is of
 # What depends on rounding, or looks at what is compiled; the rest tells more apart than that.
-COMPILED_AS_BY_USERS = ("accuracy", "cost", "memory", "promises", "quick", "renorm", "straight")
+COMPILED_AS_BY_USERS = (
+    *("accuracy", "cost", "memory", "moments", "promises", "quick", "renorm", "residuals", "straight"),
+)
 if compiling.OPTIONS:
     compiling.take_options()
 
