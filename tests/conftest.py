@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import compiling
 import jax
 import pytest
 
 CORE = Path(__file__).parent
 collect_ignore_glob = ["golden/make/*"]  # each needs the library that it is of
-COMPILED_QUICKLY = (
-    *("activation", "batch_norm", "debug", "documents", "drift", "export", "feature_weights", "groups", "layouts"),
-    *("members", "recalibrate", "subgroups", "sync", "units"),
+# What depends on rounding, or looks at what is compiled; the rest tells more apart than that.
+COMPILED_AS_BY_USERS = (
+    *("accuracy", "cost", "memory", "moments", "promises", "quick", "renorm", "residuals", "straight"),
 )
+if compiling.OPTIONS:
+    compiling.take_options()
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +33,9 @@ def _x64():
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_quickly(request):
-    """For most of the time of these is compiling, and what they tell apart is more than rounding."""
-    if request.path.stem.removeprefix("test_") not in COMPILED_QUICKLY:
-        yield
-        return
-
-    def compile_quickly(on):
-        jax.clear_caches()  # what is there was compiled in the other way
-        jax.config.update("jax_disable_most_optimizations", on)
-
-    compile_quickly(True)
-    yield
-    compile_quickly(False)
+    """For most of the time is compiling."""
+    by_users = request.path.parent.name == "peers" or request.path.stem.removeprefix("test_") in COMPILED_AS_BY_USERS
+    compiling.quickly(not by_users)
 
 
 @pytest.fixture

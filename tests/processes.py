@@ -149,10 +149,8 @@ def main():
     parser.add_argument("--process", type=int, required=True, help="from 0")
     parser.add_argument("--devices", type=int, required=True, help="of each process")
     args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most of the time is compiling
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} {compiling.FLAGS}"
-    import jax  # reads all three
+    os.environ.update(compiling.environment(args.devices))
+    import jax  # reads them
 
     take_programs()
     patience = 30  # seconds, rather than minutes, until the loss of a process is seen

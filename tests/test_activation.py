@@ -9,7 +9,7 @@ import pytest
 import ways
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
-from test_derivatives import MASK, WEIGHTS, arguments, as_numbers, assert_close, float64, jit, textbook, weigh
+from test_derivatives import MASK, WEIGHTS, arguments, as_numbers, assert_close, float64, textbook, weigh
 from test_straight import lowered_for
 from ways import PARAMS, SHAPE, STATE
 
@@ -78,10 +78,10 @@ def plain(activation, x, params, weights):
 @cache
 def textbook_derivatives(activation):
     """Compiled once for all weights."""
-    return jit(lambda x, params, weights: derivatives(partial(plain, activation, weights=weights), x, params))
+    return jax.jit(lambda x, params, weights: derivatives(partial(plain, activation, weights=weights), x, params))
 
 
-def assert_same_derivatives(function, activation, weights, compiled=jit):
+def assert_same_derivatives(function, activation, weights, compiled=jax.jit):
     x, scale, bias, _ = arguments()
     operands = x, jbn.Params(scale, bias)
     inside = partial(FUNCTIONS[function], activation=activation, weights=weights)
@@ -89,7 +89,7 @@ def assert_same_derivatives(function, activation, weights, compiled=jit):
     if function in ("normalize_batch", "about a center"):
         wanted = textbook_derivatives(activation)(*operands, as_numbers(weights))
     else:
-        wanted = jit(partial(derivatives, behind(FUNCTIONS[function], activation, weights)))(*operands)
+        wanted = jax.jit(partial(derivatives, behind(FUNCTIONS[function], activation, weights)))(*operands)
     assert_close(got, wanted)
 
 

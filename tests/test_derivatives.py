@@ -3,7 +3,6 @@
 from functools import cache, partial
 from itertools import product
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +14,6 @@ from numpy.testing import assert_allclose
 import jbn
 
 ROWS, FEATURES = 6, 3
-# What is compared here are formulas in float64: leaving out the compiler's optimizations saves half of the time.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} | compiling.OPTIONS)
 MASK = np.array([True, True, False, True, True, True])
 WEIGHTS = {"plain": None, "mask": MASK, "real": np.array([0.5, 2.0, 0.0, 1.0, 3.0, 0.25])}
 
@@ -88,7 +85,7 @@ def orders(f, unravel, nestings=(FORWARD_OVER_REVERSE,)):
         scalar = lambda vector: weigh(f(*unravel(vector), *weights))  # noqa: E731
         return jax.grad(scalar)(vector), [outer(inner(scalar))(vector) for outer, inner in nestings]
 
-    return jit(run)
+    return jax.jit(run)
 
 
 def assert_close(actual, expected, rtol=1e-9):
@@ -175,7 +172,7 @@ def test_third_order():
 
     def third(f, *weights):
         along = lambda t: weigh(f(*unravel(vector + t * jnp.cos(vector)), *weights))  # noqa: E731
-        return jit(jax.grad(jax.grad(jax.grad(along))))(0.0)
+        return jax.jit(jax.grad(jax.grad(jax.grad(along))))(0.0)
 
     assert_close(third(ours), third(textbook, np.ones(ROWS)), rtol=1e-8)
 
@@ -201,7 +198,7 @@ def test_several_feature_axes_and_params_that_are_none():
         filled = [(scale, bias), (ones, bias), (scale, zeros), (ones, zeros)]
         return [weigh(reference.textbook(x, *each, 1e-5, axes=(0, 2))) for each in filled]
 
-    assert_close(*(jit(jax.jacrev(f))(x) for f in (got, expected)))
+    assert_close(*(jax.jit(jax.jacrev(f))(x) for f in (got, expected)))
 
 
 def by_given(x, scale, bias, epsilon, mean, var, low, weights=None):
@@ -223,7 +220,7 @@ def test_normalize_running_by_moments_that_are_given():
     for weights in WEIGHTS.values():
         assert_close(orders(partial(by_given, weights=weights), unravel)(vector), expected(vector, as_numbers(weights)))
     third = [
-        jit(jax.jacfwd(jax.hessian(lambda v, f=f, rest=rest: weigh(f(*unravel(v), *rest)))))(vector)
+        jax.jit(jax.jacfwd(jax.hessian(lambda v, f=f, rest=rest: weigh(f(*unravel(v), *rest)))))(vector)
         for f, rest in ((by_given, ()), (plain_by_given, (np.ones(ROWS),)))
     ]
     assert_close(*third)
@@ -236,7 +233,7 @@ def test_vmap_of_value_and_derivatives(in_axes):
         return array if axis is None else np.stack([array, array * 1.5, array + 0.5], axis)
 
     args = tuple(map(stack, map(np.asarray, arguments()), in_axes))
-    got = jit(jax.vmap(value_and_derivatives(ours), in_axes))(*args)
+    got = jax.jit(jax.vmap(value_and_derivatives(ours), in_axes))(*args)
     for row in range(3):
         one = [a if axis is None else np.take(a, row, axis) for a, axis in zip(args, in_axes, strict=True)]
         expected = textbook_value_and_derivatives(*one, np.ones(ROWS))
@@ -251,13 +248,13 @@ def value_and_derivatives(f):
     return run
 
 
-textbook_value_and_derivatives = jit(value_and_derivatives(textbook))
+textbook_value_and_derivatives = jax.jit(value_and_derivatives(textbook))
 
 
 @float64
 def test_vmap_of_masks():
     masks = np.stack([MASK, ~MASK | (np.arange(ROWS) < 2)])
-    got = jit(jax.vmap(lambda mask: value_and_derivatives(ours)(*arguments(), mask)))(masks)
+    got = jax.jit(jax.vmap(lambda mask: value_and_derivatives(ours)(*arguments(), mask)))(masks)
     for row, mask in enumerate(masks):
         expected = textbook_value_and_derivatives(*arguments(), as_numbers(mask))
         assert_close(jax.tree.map(lambda a, row=row: a[row], got), expected)
@@ -281,8 +278,8 @@ def test_scan_that_carries_the_state():
         step = lambda carried, part: (jnp.sin(textbook(part + carried, *params, 1e-5, np.ones(ROWS))), None)  # noqa: E731
         return jnp.sum(jax.lax.scan(step, x[0], x)[0] * x[1])
 
-    gradients, after = jit(jax.grad(got, (0, 1), has_aux=True))(x, jbn.Params(scale, bias))
-    assert_close(gradients, jit(jax.grad(expected, (0, 1)))(x, jbn.Params(scale, bias)))
+    gradients, after = jax.jit(jax.grad(got, (0, 1), has_aux=True))(x, jbn.Params(scale, bias))
+    assert_close(gradients, jax.jit(jax.grad(expected, (0, 1)))(x, jbn.Params(scale, bias)))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 
+import compiling
 import pytest
 
 FLAGS = ("jax_remat3", "jax_custom_jvp3", "jax_custom_vjp3")
@@ -102,6 +103,6 @@ def work(flags):
 if __name__ == "__main__":
     from pathlib import Path
 
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ.update(compiling.environment(devices=8))
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     work(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The presets against the formulas of the libraries, which tests/peers/test_convert.py asks themselves."""
+"""The presets against the formulas of the libraries, which tests/peers/test_conversion.py asks themselves."""
 
 from functools import partial
 

@@ -3,7 +3,6 @@
 import fcntl
 import os
 
-import jax
 import model
 import program
 import pytest
@@ -25,9 +24,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small():
-    """Networks are a stem and one block, and compiled in the least time."""
+    """Networks are a stem and one block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "blocks", lambda depth, width=16: [("block", width, 4 * width, 2)])
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)

@@ -37,13 +37,8 @@ class Worker:
     """A process with that many devices and without network."""
 
     def __init__(self, devices: int, **variables: str):
-        environment = os.environ | variables
-        environment |= {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling.FLAGS}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the rest is compiling
-            "https_proxy": "http://127.0.0.1:1",
-            "no_proxy": "127.0.0.1",
-        }
+        environment = os.environ | variables | compiling.environment(devices)
+        environment |= {"https_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}
         self.output, self.seen = tempfile.TemporaryFile(), 0  # noqa: SIM115
         streams = {"stdin": subprocess.PIPE, "stdout": self.output, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen([sys.executable, "-u", __file__], env=environment, text=True, **streams)

@@ -1,9 +1,8 @@
-"""Parity with Equinox, whose layer takes one example [features, ...] and is pooled by `vmap`: decay = momentum."""
+"""Parity with Equinox's mode "ema"; that with its mode "batch" is in test_layers.py."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import parity
 from numpy.testing import assert_allclose
 
@@ -19,34 +18,6 @@ def make(mode):
 @eqx.filter_jit
 def apply(layer, state, x):
     return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-
-
-def equinox_steps(data):
-    layer, state = make("batch")
-
-    @jax.jit
-    def step(x, dy, weights, state):
-        def train(x, weights):
-            full = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, weights)
-            return jax.vmap(full, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-
-        y, pullback, after = jax.vjp(train, x, weights, has_aux=True)
-        return y, pullback(dy), after
-
-    for x, dy in data:
-        y, (dx, (dscale, dbias)), state = step(x, dy, (layer.weight, layer.bias), state)
-        yield y, dx, dscale, dbias, *state.get(layer.batch_state_index)
-
-
-def test_training_in_batch_mode():
-    """What it stores is the plain moving average; its evaluation is shown in `test_traps`."""
-    data = parity.batches(parity.SHAPES[1])
-    ours = parity.jbn_steps(data, debias=False, unbiased=False, epsilon=1e-5, decay=0.9, feature_axis=1)
-    theirs = [
-        parity.Step(*map(np.asarray, fields), step.evaluation)
-        for fields, step in zip(equinox_steps(data), ours, strict=True)
-    ]
-    parity.assert_parity(theirs, ours)
 
 
 def test_ema_mode_is_the_running_statistics_moved_first():

@@ -1,4 +1,4 @@
-"""Parity with Flax, linen and NNX: decay = momentum, the biased variance runs, the state starts with full weight."""
+"""Parity with Flax: decay = momentum, the biased variance runs, the state starts with full weight."""
 
 from functools import partial
 
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from flax import nnx
 
 import jbn
 
@@ -36,49 +35,23 @@ def linen_steps(data, mask=None, **options):
         yield parity.Step(*map(np.asarray, fields))
 
 
-def nnx_steps(data, mask=None, **options):
-    layer = nnx.BatchNorm(parity.FEATURES, rngs=nnx.Rngs(0), **options)
-    layer.scale[...], layer.bias[...] = jnp.asarray(parity.SCALE), jnp.asarray(parity.BIAS)
-    graph, params, running = nnx.split(layer, nnx.Param, nnx.BatchStat)
-
-    @jax.jit
-    def step(x, dy, params, running):
-        def train(x, params):
-            layer = nnx.merge(graph, params, running, copy=True)
-            y = layer(x, use_running_average=False, mask=mask)
-            return y, nnx.state(layer, nnx.BatchStat)
-
-        y, pullback, after = jax.vjp(train, x, params, has_aux=True)
-        return y, pullback(dy), after, nnx.merge(graph, params, after, copy=True)(x, use_running_average=True)
-
-    for x, dy in data:
-        y, (dx, dparams), running, evaluation = step(x, dy, params, running)
-        fields = (dparams["scale"], dparams["bias"], running["mean"], running["var"])
-        yield parity.Step(*map(np.asarray, (y, dx, *(field[...] for field in fields), evaluation)))
-
-
-both = pytest.mark.parametrize("theirs", [linen_steps, nnx_steps])
-
-
-@both
 @pytest.mark.parametrize("feature_axis", [-1, 1])
 @pytest.mark.parametrize("fast", [True, False])
-def test_training_and_evaluation(theirs, feature_axis, fast):
+def test_training_and_evaluation(feature_axis, fast):
     data = parity.batches(parity.SHAPES[feature_axis])
-    got = theirs(data, momentum=0.9, epsilon=1e-3, axis=feature_axis, use_fast_variance=fast)
+    got = linen_steps(data, momentum=0.9, epsilon=1e-3, axis=feature_axis, use_fast_variance=fast)
     ours = parity.jbn_steps(data, debias=False, unbiased=False, epsilon=1e-3, decay=0.9, feature_axis=feature_axis)
     # The fast variance loses digits where the mean is not 0.
     parity.assert_parity(list(got), ours, 1e-4 if fast else 2e-5)
 
 
-@both
-def test_masked(theirs):
+def test_masked():
     """Flax normalizes masked positions too: they are compared after blanking."""
     data = [(x, dy * MASK[..., None]) for x, dy in parity.batches(parity.SHAPES[-1])]
     blank = partial(np.where, MASK[..., None])
     got = [
         step._replace(output=blank(step.output, 0), evaluation=blank(step.evaluation, 0))
-        for step in theirs(data, MASK[..., None], momentum=0.99, epsilon=1e-5, use_fast_variance=False)
+        for step in linen_steps(data, MASK[..., None], momentum=0.99, epsilon=1e-5, use_fast_variance=False)
     ]
     ours = parity.jbn_steps(data, debias=False, unbiased=False, epsilon=1e-5, decay=0.99, weights=MASK)
     parity.assert_parity(got, ours)

@@ -2,18 +2,10 @@
 
 from functools import partial
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-from flax import nnx
-
-import jbn
-import jbn.equinox
-import jbn.linen
-import jbn.nnx
+from test_layers import every_layer
 
 torch = pytest.importorskip("torch")
 
@@ -74,41 +66,20 @@ def test_one_value_is_refused_by_both():
         parity.jbn_steps([(x, x)], debias=False, epsilon=1e-5, decay=0.9)
 
 
-def with_linen(x, **options):
-    layer = jbn.linen.BatchNorm(momentum=0.9, **options)
-    variables = layer.init(jax.random.key(0), x[0], True)
-    step = jax.jit(lambda variables, x: variables | layer.apply(variables, x, False, mutable=["batch_stats"])[1])
-    for batch in x:
-        variables = step(variables, batch)
-    return layer.apply(variables, x[0], True), *jbn.linen.states(variables["batch_stats"])[:2]
-
-
-def with_nnx(x, **options):
-    layer = jbn.nnx.BatchNorm(3, momentum=0.9, **options, rngs=nnx.Rngs(0))
-    for batch in x:
-        nnx.jit(lambda layer, x: layer(x))(layer, batch)
-    return layer(x[0], use_running_average=True), layer.mean[...], layer.var[...]
-
-
-def with_equinox(x, **options):
-    layer, state = eqx.nn.make_with_state(jbn.equinox.BatchNorm)(3, "batch", momentum=0.9, **options)
-    state = state.set(layer.state_index, jbn.init(3, debias=False)[1])  # where PyTorch starts
-    over_batch = lambda layer: jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))  # noqa: E731
-    for batch in x:
-        _, state = jax.jit(over_batch(layer))(batch, state)
-    return over_batch(eqx.nn.inference_mode(layer))(x[0], state)[0], *state.get(layer.state_index)[:2]
-
-
-@pytest.mark.parametrize("steps", [with_linen, with_nnx, with_equinox])
-def test_layers_with_unbiased_keep_what_torch_keeps(steps):
+@every_layer
+def test_layers_with_unbiased_keep_what_torch_keeps(layer):
     """Of 8 rows the two variances are 14 % apart."""
-    x, layer = np.random.default_rng(0).normal(2, 3, (20, 8, 3)).astype(np.float32), torch.nn.BatchNorm1d(3)
+    x, theirs = np.random.default_rng(0).normal(2, 3, (20, 8, 3)).astype(np.float32), torch.nn.BatchNorm1d(3)
     for batch in x:
-        layer(torch.from_numpy(batch))
-    evaluation = layer.eval()(torch.from_numpy(x[0])).detach()
-    expected = [field.numpy() for field in (evaluation, layer.running_mean, layer.running_var)]
+        theirs(torch.from_numpy(batch))
+    left = 0 if layer.flax else 0.9**20  # of the initial mean 0 and variance 1, where a layer debiases
+    mean, var = theirs.running_mean.numpy() / (1 - left), (theirs.running_var.numpy() - left) / (1 - left)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums of 8 values near 10, 20 times
-    jax.tree.map(close, [*steps(jnp.asarray(x), unbiased=True)], expected)
-    variance = steps(jnp.asarray(x))[-1]
-    start = 0.9**20  # of the initial 1, which is the same in both
-    close(variance - start, (expected[-1] - start) * 7 / 8)
+    for unbiased in (True, False):
+        apply, variables = layer.alone(x[0], unbiased=unbiased)
+        for batch in x:
+            _, variables = apply(variables, batch)
+        state = layer.state(variables)
+        close(state.mean, mean)
+        kept = 0.9**20 - left
+        close(state.var - kept, (var - kept) * (1 if unbiased else 7 / 8))
