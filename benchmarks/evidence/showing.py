@@ -32,7 +32,7 @@ class Config(Protocol):
 
 
 def show(config: Config, size: Any, image_names: Callable[[], Sequence[str]]) -> None:
-    """A claim is a module with `jobs(data, size)`, `draw(found, path)`, `tell(found)`; what is there is not computed."""
+    """Each claim is a module of `jobs(data, size)`, `draw(found, path)` and `tell(found)`; what is there is kept."""
     modules = {name: importlib.import_module(name) for name in config.claims}
     if config.markdown:
         for name, module in modules.items():

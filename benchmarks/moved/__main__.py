@@ -21,7 +21,7 @@ import sizes
 import sources
 import tyro
 
-CLAIMS = ("corrupted",)
+CLAIMS = ("corrupted", "places")
 
 
 @dataclasses.dataclass(frozen=True)
