@@ -21,7 +21,7 @@ import sizes
 import sources
 import tyro
 
-CLAIMS = ("corrupted", "places")
+CLAIMS = ("corrupted", "domains", "places", "private")
 
 
 @dataclasses.dataclass(frozen=True)

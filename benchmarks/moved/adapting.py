@@ -129,17 +129,21 @@ def start_eata(source):
 
 def fisher(apply, params, states, pixels, batches=8, batch=64):
     """Mean squared gradients of scale and bias on training images, labelled by the network itself."""
+    parts = np.array_split(pixels[: batches * batch], batches)
+    return jax.tree.map(
+        lambda *values: sum(values) / batches, *(squared(apply, params, states, part) for part in parts)
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def squared(apply, params, states, pixels):
     norms, whole = parted(params)
 
-    def squared(pixels):
-        def loss(norms):
-            logits, _ = apply(whole(norms), states, pixels, frozen)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(logits, -1)))
+    def loss(norms):
+        logits, _ = apply(whole(norms), states, pixels, frozen)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(logits, -1)))
 
-        return jax.tree.map(jnp.square, jax.grad(loss)(norms))
-
-    several = pixels[: batches * batch].reshape(-1, min(batch, len(pixels)), *pixels.shape[1:])
-    return jax.tree.map(lambda values: jnp.mean(values, 0), jax.lax.map(squared, several))
+    return jax.tree.map(jnp.square, jax.grad(loss)(norms))
 
 
 def mixed(count):
