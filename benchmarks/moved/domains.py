@@ -71,15 +71,14 @@ def stacked(trees):
 
 
 def jobs(folder, size) -> claim.Jobs:
-    batch = min(BATCH, size.images)
-
     def run(name, seed):
         source = sources.NETWORKS[name](folder, seed, size)
+        batch = min(BATCH, len(source.labels))
         labels, kinds = source.labels, corruptions.KINDS
         domain = np.random.default_rng(seed).integers(0, len(kinds), len(labels))
         versions = np.stack([corruptions.corrupt(source.pixels, kind, seed) for kind in kinds])
         pixels = versions[domain, np.arange(len(labels))]
-        before = source.train_pixels[: size.images // 2]  # of each domain, without labels
+        before = source.train_pixels[: len(source.labels)]  # of each domain, without labels
         each = [adapting.adabn(source, corruptions.corrupt(before, kind, seed)) for kind in kinds]
         parts = np.arange(len(labels)).reshape(-1, batch)
 

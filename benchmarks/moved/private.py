@@ -21,7 +21,7 @@ import jbn
 CLIP, NOISE = 1.0, 1.0  # of a gradient's norm; standard deviation of the noise, times it
 BATCH, PUBLIC = 256, 512
 DEPTH = 3
-RATES = (0.25, 0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0)
 METHODS = {
     "without": "nothing between the layers",
     "layer norm": "each example by itself",

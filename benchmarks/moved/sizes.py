@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 class Size(NamedTuple):
     seeds: int = 3
-    images: int = 1024  # of a test
+    images: int = 1024  # digits of a test; half as many for the ResNet
     batches: tuple[int, ...] = (1, 8, 64, 512)  # in which they arrive
     train: int | None = None  # images that the ResNet is trained on; None: all
     epochs: int = 3

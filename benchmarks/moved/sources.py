@@ -94,8 +94,8 @@ def trained_resnet(folder: Path | None, size: Any) -> Source:
 
 
 def resnet(folder: Path | None, seed: int, size: Any) -> Source:
-    """One network for all seeds, which draw the images, their order and their noise."""
-    pixels, labels = first_test(cifar10(folder), size.images, seed)
+    """One network for all seeds, which draw the images, half as many as digits, their order and their noise."""
+    pixels, labels = first_test(cifar10(folder), size.images // 2, seed)
     return trained_resnet(folder, size)._replace(pixels=pixels, labels=labels)
 
 
