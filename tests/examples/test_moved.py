@@ -103,10 +103,11 @@ def entropy(logits):
 
 def test_a_step_of_entropy():
     """The loss of EATA has the gradient that differences of it have, by weights that are held."""
-    step, start = adapting.METHODS["EATA"].step, adapting.METHODS["EATA"].start(SOURCE)
-    carry, logits = step(linear, start, X)
+    norm = jbn.Params(jnp.full(10, 3.0), jnp.zeros(10))  # some answers are certain
+    step, start = adapting.METHODS["EATA"].step, adapting.METHODS["EATA"].start
+    carry, logits = step(linear, start(SOURCE._replace(params={"kernel": KERNEL, "norm": norm})), X)
     hidden = np.float64(X) @ np.float64(KERNEL)
-    xhat = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    xhat = 3 * (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
     np.testing.assert_allclose(logits, xhat, rtol=1e-4, atol=1e-4)  # answered before the step
     bound = 0.4 * np.log(10)
     weights = np.where(entropy(xhat) < bound, np.exp(bound - entropy(xhat)), 0)
@@ -136,7 +137,9 @@ def test_what_fisher_measures():
 
 def test_rows_by_the_state_of_their_domain():
     domain = RANDOM.integers(0, 3, 32)
-    states = jax.tree.map(lambda field: jnp.stack([field, 2 * field, field + 1]), STATE)
+    states = jax.tree.map(lambda field: jnp.stack([field, 2 * field, field + 1]), STATE)._replace(
+        weight=jnp.ones((3, 10))
+    )
     y, after = domains.by_domain(X @ KERNEL, SOURCE.params["norm"], states, domain=domain)
     for one in range(3):
         mine = np.float64(X[domain == one]) @ np.float64(KERNEL)
