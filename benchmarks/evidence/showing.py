@@ -31,7 +31,17 @@ class Config(Protocol):
     def markdown(self) -> bool: ...
 
 
-def show(config: Config, size: Any, image_names: Callable[[], Sequence[str]]) -> None:
+def into_pages(name: str, told: Sequence[str], pages: Sequence[Path]) -> None:
+    """The tables of a claim in the pages that have a place for them, `<!-- name -->` to `<!-- end of name -->`."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    for page in pages:
+        text = page.read_text()
+        if start in text:
+            before, after = text.split(start)[0], text.split(end)[1]
+            page.write_text("\n".join([before + start, "", *told, "", end + after]))
+
+
+def show(config: Config, size: Any, image_names: Callable[[], Sequence[str]], pages: Sequence[Path] = ()) -> None:
     """Each claim is a module of `jobs(data, size)`, `draw(found, path)` and `tell(found)`; what is there is kept."""
     modules = {name: importlib.import_module(name) for name in config.claims}
     if config.markdown:
@@ -63,5 +73,6 @@ def show(config: Config, size: Any, image_names: Callable[[], Sequence[str]]) ->
         with plt.rc_context():
             module.draw(found, config.folder / f"{name}.png")
         console.print(f"\n{name}", *module.tell(found), sep="\n")
+        into_pages(name, module.tell(found), pages)
     seconds = sum(job["took"] for record in records.values() for job in record.jobs.values())
     console.print(f"\n{seconds / 60:.0f} minutes in all, {' and '.join(facts['images'])}")

@@ -2,6 +2,7 @@
 
     python benchmarks/moved --data FOLDER                      all; stopped, it goes on where it was
     python benchmarks/moved --claims corrupted --data FOLDER   one of them
+    python benchmarks/moved --pages --data FOLDER              and write the tables into docs/
     python benchmarks/moved --markdown                         print the tables of what was found
 
 FOLDER holds MNIST (four .gz files) and CIFAR-10 (official binary layout), or folders mnist and cifar10 with them. Where
@@ -38,12 +39,15 @@ class Config:
     """In seconds, to see that it runs."""
     markdown: bool = False
     """Compute nothing; print the tables of what `folder` holds."""
+    pages: bool = False
+    """Write the tables into the pages of docs."""
 
 
 def main(config: Config) -> None:
     sources.runs = config.runs
     size = sizes.TINY if config.tiny else sizes.FULL
-    showing.show(config, size, lambda: [of(config.data).name for of in (sources.mnist, sources.cifar10)])
+    pages = sorted((ROOT / "docs").glob("*.md")) if config.pages else ()
+    showing.show(config, size, lambda: [of(config.data).name for of in (sources.mnist, sources.cifar10)], pages)
 
 
 if __name__ == "__main__":
