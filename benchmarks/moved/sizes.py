@@ -15,4 +15,4 @@ class Size(NamedTuple):
 
 
 FULL = Size()
-TINY = Size(seeds=2, images=32, batches=(1, 16), train=64, epochs=1, batch=16, steps=4, width=8)
+TINY = Size(seeds=2, images=32, batches=(16,), train=64, epochs=1, batch=16, steps=4, width=8)
