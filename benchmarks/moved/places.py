@@ -46,7 +46,7 @@ def split(data: images.Images, how: str, per_row: int) -> Places:
     counts = np.array([len(part) for part in parts])
     padded = [np.resize(part, counts.max()) for part in parts]
     x, labels = (np.stack([values[rows] for rows in padded]) for values in (data.train, data.train_labels))
-    return jax.tree.map(jnp.asarray, Places(x, labels, counts, data.test, data.test_labels))
+    return Places(*map(jnp.asarray, (x, labels, counts, data.test, data.test_labels)))
 
 
 def draw_rows(key, counts):
@@ -102,6 +102,7 @@ def locally(places, params, states, keys, rate, norm):
     """LOCAL steps of every client from its own params and states, all [clients, ...]."""
 
     def step(carry, key):
+        params, states = carry
         rows, counted = draw_rows(key, places.counts)
 
         def client(params, states, x, labels, rows, counted):
@@ -109,7 +110,7 @@ def locally(places, params, states, keys, rate, norm):
             gradients, states = gradient(params, states, x[rows], labels[rows], counted, norm)
             return descend(params, gradients, rate), states
 
-        return jax.vmap(client)(*carry, places.x, places.labels, rows, counted), None
+        return jax.vmap(client)(params, states, places.x, places.labels, rows, counted), None
 
     return jax.lax.scan(step, (params, states), keys)[0]
 
@@ -216,14 +217,13 @@ def trained(method, places, size, seed, rate):
         step = {"centralized": centralized, "pooled": pooled}[method]
 
         def one(carry, key):
-            return step(places, *carry, key, rate), None
+            params, states = carry
+            return step(places, params, states, key, rate), None
 
         return Trained(*jax.lax.scan(one, (params, states), keys.ravel())[0])
     if method == "served":
         return Trained(*served_rounds(places, params, states, keys, rate))
-    norm = {"FedAvg, layer norm": networks.layer_norm, "FedAvg, without": networks.none}.get(
-        method, networks.batch_norm
-    )
+    norm = NORMS.get(method, networks.batch_norm)
     return Trained(*rounds_of(places, params, states, keys, rate, norm, own_norms=method == "FedBN"))
 
 

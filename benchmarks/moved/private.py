@@ -124,7 +124,7 @@ def draw(found, path) -> None:
     places = np.arange(len(best))
     axis.barh(places, middle, color=color)
     axis.hlines(places, low, high, color="black", linewidth=1.5)
-    for place, value in zip(places, middle, strict=True):
+    for place, value in enumerate(middle):
         axis.text(2, place, f"{value:.1f}", va="center")
     axis.set_yticks(places, [METHODS[method] for method in best])
     axis.set(xlabel="test accuracy, %", xlim=(0, 100))
