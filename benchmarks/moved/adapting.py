@@ -24,9 +24,9 @@ def own(x, params, state, *, activation=None, **_):
     return jbn.normalize_batch(x, params, activation=activation)[0], state
 
 
-def leaning(x, params, state, *, decay, activation=None, **_):
+def leaning(x, params, state, *, keep, activation=None, **_):
     """By the state after a step from it towards the batch."""
-    state = jbn.update(state, jbn.moments(x), decay=decay, unbiased=False)
+    state = jbn.update(state, jbn.moments(x), decay=keep, unbiased=False)
     return jbn.normalize_running(x, params, state, activation=activation), state
 
 
@@ -147,11 +147,11 @@ def squared(apply, params, states, pixels):
 
 
 def mixed(count):
-    return partial(leaning, decay=PRIOR / (PRIOR + count))
+    return partial(leaning, keep=PRIOR / (PRIOR + count))
 
 
 def slow(count):
-    return partial(leaning, decay=DECAY ** (count / 64))
+    return partial(leaning, keep=DECAY ** (count / 64))
 
 
 NONE = by(lambda count: frozen)

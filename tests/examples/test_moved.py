@@ -60,7 +60,8 @@ def test_corruptions_are_what_they_are_called():
 
 
 def linear(params, states, x, normalize):
-    y, state = normalize(x @ params["kernel"], params["norm"], states[0], train=True)
+    training = {"train": True, "decay": 0.9, "axis_name": None}  # as the example's network passes them
+    y, state = normalize(x @ params["kernel"], params["norm"], states[0], **training)
     return y, [state]
 
 
