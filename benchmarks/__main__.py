@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FILES = [*FOLDER.glob("[a-z]*.py"), FOLDER / "evidence" / "__main__.py"]
+FILES = [*FOLDER.glob("[a-z]*.py"), *FOLDER.glob("*/__main__.py")]
 PROGRAMS = {
     path.stem if path.parent == FOLDER else path.parent.name: path
     for path in sorted(FILES)

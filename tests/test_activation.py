@@ -259,7 +259,7 @@ def test_a_policy_that_keeps_the_moments_measures_once(check_vma):
     plain = program(lambda f: f)
     kept = program(partial(jax.checkpoint, policy=names("jbn.moments")))
     again = program(partial(jax.checkpoint, policy=names()))
-    assert messages(kept) == messages(plain) == messages(again) - 1
+    assert messages(kept) == messages(plain) == messages(again) - 3  # the count and two sums, which XLA sends as one
     assert_close(*jax.jit(lambda *args: (kept(*args), plain(*args)))(X, PARAMS, STATE), rtol=1e-5)
 
 

@@ -79,6 +79,9 @@ def test_every_way_of_the_page_on_parallelism_gives_the_gradients_of_one_device(
     assert_same(*found["after"], *after)
 
 
+MOVED = [f"docs/{page}.md" for page in ("test-time", "federated", "domains")]
+
+
 def test_the_folded_network_exported_is_the_network():
     found = run("docs/inference.md")
     expected = found["network"](found["params"], found["state"], found["x"])
@@ -87,7 +90,7 @@ def test_the_folded_network_exported_is_the_network():
     assert "rsqrt" not in found["program"].mlir_module()
 
 
-@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md", "docs/libraries.md", "docs/streams.md"])
+@pytest.mark.parametrize("page", ["docs/variant.md", "docs/faq.md", "docs/libraries.md", "docs/streams.md", *MOVED])
 def test_what_a_page_asserts(page):
     assert "assert" in "".join(snippets(page))
     run(page)
@@ -196,7 +199,7 @@ def test_benchmarks_are_listed_and_reached_by_name():
     listed = {line.split()[0] for line in bench().stdout.splitlines()}
     parts = {"competitors", "example", "figures", "flax_resnet", "hlo", "remedies", "resnet50", "six_layers"}
     files = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
-    assert listed == (files - parts - {"small_batch_record"}) | {"evidence"}
+    assert listed == (files - parts - {"small_batch_record"}) | {"evidence", "moved"}
     assert bench("operation", "--markdown").stdout.startswith("| case | way | peer |")
     wrong = bench("nothing")
     assert wrong.returncode and "no benchmark 'nothing'" in wrong.stderr and "operation" in wrong.stdout

@@ -50,8 +50,8 @@ def mnist(folder: Path | None) -> Images:
         if (place / "train-images-idx3-ubyte.gz").is_file():
             parts = []
             for part in ("train", "t10k"):
-                pixels = _idx(place / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
-                parts += [pixels, _idx(place / f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int32)]
+                pixels = idx(place / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
+                parts += [pixels, idx(place / f"{part}-labels-idx1-ubyte.gz", 8).astype(np.int32)]
             return scaled("MNIST", *parts)
     return embedded_shapes(gray=True)
 
@@ -80,7 +80,7 @@ def scaled(name, train, train_labels, test, test_labels) -> Images:
     return Images(name, train, train_labels, test, test_labels)
 
 
-def _idx(path: Path, header: int) -> np.ndarray:
+def idx(path: Path, header: int) -> np.ndarray:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
