@@ -1,4 +1,4 @@
-"""When the data moves: corruptions, adaptation, places and privacy against NumPy; every claim, tiny; the pages."""
+"""When the data moves: corruptions, adaptation, places and privacy against NumPy; the pages."""
 
 import importlib
 import inspect
@@ -208,20 +208,6 @@ def test_a_client_keeps_its_norms_alone():
     assert np.array_equal(kept["first"]["norm"].scale, old["first"]["norm"].scale)
     assert np.array_equal(kept["first"]["kernel"], old["first"]["kernel"] + 1)
     assert np.array_equal(kept["head"]["bias"], old["head"]["bias"] + 1)
-
-
-@pytest.mark.parametrize("name", moved["CLAIMS"])
-def test_a_tiny_claim(name, tmp_path_factory, capsys):
-    shared = tmp_path_factory.getbasetemp()
-    config = moved["Config"](folder=shared / "moved", runs=shared / "runs", claims=(name,), tiny=True)
-    moved["main"](config)
-    told = capsys.readouterr().out
-    assert "| --- |" in told and "embedded shapes" in told
-    assert all(figure.stat().st_size > 5000 for figure in config.folder.glob(f"{name}*.png"))
-    jobs = claim.read(config.folder / f"{name}.json")
-    assert jobs and all(f"{name}: {job}," in told for job in jobs)
-    moved["main"](config)  # as after an interruption
-    assert f"{name}: " not in capsys.readouterr().out
 
 
 PAGES = {"corrupted": "test-time", "domains": "domains", "places": "federated", "private": "federated"}
