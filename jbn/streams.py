@@ -162,7 +162,7 @@ def normalize(
       `y` with the shape and dtype of `x`.
 
     Raises:
-      TypeError, ValueError: as in `jbn.normalize_running`.
+      TypeError, ValueError: as in `jbn.normalize_running`; `clip` is below 0.
 
     Examples:
       >>> import jbn.streams
@@ -177,4 +177,8 @@ def normalize(
         found = found._replace(mean=nothing, mean_low=nothing)
     options = {"epsilon": epsilon, "feature_axis": feature_axis, "weights": weights}
     y = normalize_running(x, Params(None, None), found, **options)
-    return y if clip is None else jnp.clip(y, -clip, clip)
+    if clip is None:
+        return y
+    check_limit("clip", clip, 0)
+    most = jnp.asarray(clip, y.dtype)
+    return jnp.clip(y, -most, most)

@@ -25,7 +25,7 @@ def train(x, params, state):
     return y, after, gradients
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3)])
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3), (128, 0, 3), (0, 128, 3)])
 def test_no_rows(shape):
     """An empty batch, as the last of a loader may be: nothing comes out, nothing moves, nothing is NaN."""
     x = np.ones(shape, np.float32)

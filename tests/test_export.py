@@ -103,3 +103,12 @@ def test_a_second_registration_is_refused_and_says_what_is_there():
     for kind in (jbn.Params, jbn.State, jbn.Moments):
         with pytest.raises(ValueError, match=rf"Duplicate .* `jbn.{kind.__name__}`"):
             export.register_namedtuple_serialization(kind, serialized_name="mine")
+
+
+def test_a_batch_that_a_constraint_says_can_be_divided():
+    (batch,) = export.symbolic_shape("batch", constraints=["mod(batch, 128) == 0", "batch >= 128"])
+    step = jax.jit(lambda x: jbn.batch_norm(x, PARAMS, STATE, train=True)[0])
+    exported = export.export(step, platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, FEATURES), jnp.float32))
+    x = np.random.default_rng(3).normal(size=(128, FEATURES)).astype(np.float32)
+    wanted = PARAMS.scale * (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) + PARAMS.bias
+    assert_allclose(exported.call(x), wanted, rtol=1e-4, atol=1e-5)

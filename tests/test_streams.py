@@ -254,3 +254,13 @@ def test_refusals():
         streams.observe(streams.init(3), X[0][:, :2])
     with pytest.raises(TypeError, match="cast x first"):
         streams.observe(streams.init(3), np.ones((8, 3), int))
+
+
+def test_a_clip_of_a_wider_type_keeps_the_dtype_and_one_below_0_is_refused():
+    x = jnp.full((2, 3), 99, jnp.bfloat16)
+    for clip in (10, np.float32(10), jnp.float32(10)):
+        y = streams.normalize(streams.init(3), x, clip=clip)
+        assert y.dtype == x.dtype
+        assert y.tolist() == [[10.0] * 3] * 2
+    with pytest.raises(ValueError, match="clip is -1"):
+        streams.normalize(streams.init(3), x, clip=-1.0)

@@ -219,3 +219,21 @@ def test_a_state_keeps_its_own_layout(of_x, of_state, normalize):
     after = two_steps(normalize)(put(x, of_x), put(PARAMS, P()), put(STATE, of_state))
     assert all(field.sharding.is_equivalent_to(NamedSharding(grid, of_state), 1) for field in after)
     jax.tree.map(partial(assert_allclose, rtol=1e-6, atol=1e-6), after, two_steps(normalize)(x, PARAMS, STATE))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_mask_that_differs_along_one_of_two_axes(check_vma):
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    x = np.random.default_rng(0).normal(3, 2, (8, 4, 3)).astype(np.float32)
+    mask = np.arange(8)[:, None, None] % 3 > 0
+
+    def moments(x, mask):
+        return jbn.moments(x, weights=mask, axis_name=("rows", "columns"))
+
+    split = jax.shard_map(
+        moments, mesh=mesh, in_specs=(P("rows", "columns"), P("rows")), out_specs=P(), check_vma=check_vma
+    )
+    found, seen = jax.jit(split)(x, mask), x[mask[:, 0, 0]].astype(float)
+    assert_array_equal(found.count, seen.size // 3)
+    assert_allclose(found.mean, seen.mean((0, 1)), rtol=1e-5)
+    assert_allclose(found.var, seen.var((0, 1)), rtol=1e-5)

@@ -82,12 +82,13 @@ def sums_of_rows(batch, values):
 def rows_of(batch):
     """An axis that is reduced and not the last, and how many in a row along it, 4 to 16, so that each has as many.
 
-    What is left of it can still be cut over all devices. It is 1 where there are none, or `x` is cut explicitly.
+    What is left of it can still be cut over all devices. It is 1 where there are none, or `x` is empty or
+    cut explicitly. A size that is a symbol is left: that it can be divided does not say so of what is made of it.
     """
     shape, layout, devices = batch.x.shape, layout_of(batch.x), jax.device_count()
-    if layout and any(layout.spec):
+    if 0 in shape or (layout and any(layout.spec)):
         return 0, 1
-    for axis in (axis for axis in batch.axes if axis < len(shape) - 1):
+    for axis in (axis for axis in batch.axes if axis < len(shape) - 1 and isinstance(shape[axis], int)):
         fitting = [rows for rows in range(4, 17) if shape[axis] % (rows * devices) == 0]
         if fitting:
             return axis, fitting[-1]

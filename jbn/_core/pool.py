@@ -19,14 +19,25 @@ class Pool(NamedTuple):
 
     def total(self, tree):
         """The sum of `tree` over all devices of the pool."""
-        return lax.psum(tree, self.names, axis_index_groups=self.subgroups) if self.names else tree
+        if not self.names:
+            return tree
+        return lax.psum(jax.tree.map(self._evenly, tree), self.names, axis_index_groups=self.subgroups)
+
+    def _evenly(self, array):
+        """`array` [...], which by its type differs along all axes of the pool or none: psum takes no other."""
+        same = tuple(name for name in self.names if name not in differing(array))
+        return lax.pcast(array, same, to="varying") if 0 < len(same) < len(self.names) else array
 
     def agreed(self, array):
         """`array` [...], or its mean where it differs between devices of the pool, as far as JAX's types tell."""
-        kind = jax.typeof(array)  # `check_vma`
-        differs = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before jax 0.10.2, and since
-        differing = tuple(name for name in self.names if name in differs)
-        return lax.pmean(array, differing) if differing else array
+        apart = tuple(name for name in self.names if name in differing(array))
+        return lax.pmean(array, apart) if apart else array
+
+
+def differing(array):
+    """The axes of the mesh along which `array` differs, as far as JAX's types tell: `check_vma`."""
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before jax 0.10.2, and since
 
 
 ALONE = Pool()
