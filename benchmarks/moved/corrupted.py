@@ -76,7 +76,7 @@ def draw(found, path) -> None:
             axis.set(title=f"{name}, {order} order", xlabel="images in a batch", xticks=np.arange(len(batches)))
             axis.set_xticklabels(map(str, batches))
         row[0].set_ylabel("accuracy, mean of six corruptions, %")
-    figures.names(axes[0, 1], {method: method for method in COLORS}, COLORS, at=(0.04, 0.42))
+    figures.names(axes[0, 0], {method: method for method in COLORS}, COLORS, at=(0.6, 0.04))
     figure.suptitle("Adapting statistics helps in random order, from some images a batch on; sorted by label it breaks")
     figures.save(figure, path)
     draw_kinds(found, path)
