@@ -47,8 +47,10 @@ def sums(batch, center):
     """The sums of x - center and of (x - near)^2 [*features], and `near`, which is `center` but for some bits."""
 
     def together(batch, center):
-        apart = batch.deviation(center)
-        parts = sums_of_rows(batch, (batch.weigh(apart), batch.weigh(apart * apart)))
+        axis, rows = rows_of(batch)
+        here = seen(batch.x, batch.along(center), axis, rows)
+        apart = batch.select(batch.x.astype(here.dtype), here) - here
+        parts = sums_of_rows((batch.weigh(apart), batch.weigh(apart * apart)), axis, rows)
         return *(jnp.sum(part, batch.axes) for part in parts), center
 
     def each(batch, center):
@@ -61,22 +63,28 @@ def sums(batch, center):
     return lax.platform_dependent(batch, center, cpu=together, default=each)
 
 
-def sums_of_rows(batch, values):
-    """Two `values` [...] of a batch, where up to 16 in a row are added up to one: for XLA on a CPU one loop.
-
-    It would take into that loop all that makes x, and what makes that, up to a product or a convolution: of a chain of
-    normalizations everything before, once more in each. That is not done where something needs x that is no loop. So
-    the largest of two in so many is looked at, which nothing depends on. The library's sums are that too.
-    """
-    axis, rows = rows_of(batch)
+def sums_of_rows(values, axis, rows):
+    """Two `values` [...], where so many `rows` along `axis` are added up to one: for XLA on a CPU one loop."""
     if rows == 1:
         return values
     cut = [jnp.reshape(value, (*value.shape[:axis], -1, rows, *value.shape[axis + 1 :])) for value in values]
     zeros = [jnp.zeros((), value.dtype) for value in values]
-    first, second = lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,))
-    window, strides = ([size if each == axis else 1 for each in range(batch.x.ndim)] for size in (2, rows))
-    largest = lax.reduce_window(batch.x, -jnp.inf, lax.max, window, strides, "VALID")
-    return lax.optimization_barrier((jnp.where(largest < -jnp.inf, largest, first), second))
+    return lax.optimization_barrier(lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,)))
+
+
+def seen(x, center, axis, rows):
+    """`center`, of the rank of `x` [...], in a way that XLA on a CPU does not take what makes x into the loop above.
+
+    It would take in all of it, and what makes that, up to a product or a convolution: of a chain of normalizations
+    everything before, once more in each. That is not done where something needs x that is no loop, as the library's
+    sums are. So the largest of two rows on each device is looked at, which nothing depends on.
+    """
+    if rows == 1:
+        return center
+    each = x.shape[axis] // jax.device_count()
+    window, strides = ([size if other == axis else 1 for other in range(x.ndim)] for size in (2, each))
+    largest = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "VALID")
+    return jnp.repeat(jnp.where(largest < -jnp.inf, largest, center), each, axis)
 
 
 def rows_of(batch):
