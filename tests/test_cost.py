@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 import jbn
 
@@ -73,3 +74,18 @@ def test_what_makes_x_is_written_once():
         return hlo.traffic(text)[hlo.ONCE] / x.nbytes
 
     assert passes(4) - passes(3) == pytest.approx(passes(3) - passes(2))
+
+
+@pytest.mark.parametrize("rows", [4096, 4093], ids=["rows at a time", "not to be cut"])
+def test_sums_of_rows_are_those_of_all(rows):
+    """By real weights, beside the float64 formula; what cannot be cut is read for each sum."""
+    random = np.random.default_rng(0)
+    x = random.normal(3, 2, (rows, 5)).astype(np.float32)
+    weights = random.uniform(0, 2, (rows, 1)).astype(np.float32)
+    measure = jax.jit(lambda x, weights, center: jbn.moments(x, weights=weights, center=center))
+    found = measure(x, weights, jnp.full(5, 2.5))
+    _, mean, var = reference.moments(x, weights)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(found.var, var, rtol=1e-5)  # sums of thousands, in parts
+    if rows == 4093:  # x for each of two sums
+        assert round(hlo.traffic(measure.lower(x, None, jnp.ones(5)).compile().as_text())[hlo.ONCE] / x.nbytes) == 2

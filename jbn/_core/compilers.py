@@ -46,8 +46,9 @@ def uncertainty(rest):
 def sums(batch, center):
     """The sums of x - center and of (x - near)^2 [*features], and `near`, which is `center` but for some bits."""
 
+    axis, rows = rows_of(batch)
+
     def together(batch, center):
-        axis, rows = rows_of(batch)
         here = seen(batch.x, batch.along(center), axis, rows)
         apart = batch.select(batch.x.astype(here.dtype), here) - here
         parts = sums_of_rows((batch.weigh(apart), batch.weigh(apart * apart)), axis, rows)
@@ -60,13 +61,13 @@ def sums(batch, center):
         near, minus = few_bits(center, 4), -batch.along(center)
         return jnp.sum(batch.x.astype(minus.dtype) + minus, batch.axes), batch.sum(batch.deviation(near) ** 2), near
 
+    if rows == 1:
+        return each(batch, center)
     return lax.platform_dependent(batch, center, cpu=together, default=each)
 
 
 def sums_of_rows(values, axis, rows):
     """Two `values` [...], where so many `rows` along `axis` are added up to one: for XLA on a CPU one loop."""
-    if rows == 1:
-        return values
     cut = [jnp.reshape(value, (*value.shape[:axis], -1, rows, *value.shape[axis + 1 :])) for value in values]
     zeros = [jnp.zeros((), value.dtype) for value in values]
     return lax.optimization_barrier(lax.reduce(cut, zeros, partial(jax.tree.map, jnp.add), (axis + 1,)))
@@ -79,8 +80,6 @@ def seen(x, center, axis, rows):
     everything before, once more in each. That is not done where something needs x that is no loop, as the library's
     sums are. So the largest of two rows on each device is looked at, which nothing depends on.
     """
-    if rows == 1:
-        return center
     each = x.shape[axis] // jax.device_count()
     window, strides = ([size if other == axis else 1 for other in range(x.ndim)] for size in (2, each))
     largest = lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "VALID")
