@@ -1,6 +1,6 @@
 """How the time of one normalization grows: with rows, with features, and with the devices that share a batch.
 
-    python benchmarks/growth.py                  3 minutes; docs/growth.json and growth.png
+    python benchmarks/growth.py                  1 minute; docs/growth.json and growth.png
     python benchmarks/growth.py --folder FOLDER
 
 Training in float32, forward and backward, one call after another, of jbn and of Flax, in one run and in a new order

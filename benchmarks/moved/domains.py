@@ -1,5 +1,6 @@
 """Domains mixed in one batch, known for each row, and one that was never seen: clean images and six corruptions."""
 
+import itertools
 from functools import partial
 
 import adapting
@@ -165,21 +166,10 @@ def draw(found, path) -> None:
 
 def tell(found) -> list[str]:
     lines = []
-    for name in sources.NETWORKS:
-        lines += [
-            f"| {name}, all mixed, % | mean | {' | '.join(corruptions.KINDS)} |",
-            "| --- |" + " --- |" * (len(corruptions.KINDS) + 1),
-        ]
-        for method in MIXED:
-            values = of(found, name, method)
-            cells = [claim.spread(np.mean(values, 1)), *(f"{mean:.0f}" for mean in np.mean(values, 0))]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        lines += [
-            "",
-            f"| {name}, not seen before, % | mean | {' | '.join(corruptions.STRENGTHS)} |",
-            "| --- |" + " --- |" * (len(corruptions.STRENGTHS) + 1),
-        ]
-        for method in UNSEEN:
+    parts = (("all mixed", corruptions.KINDS, MIXED), ("not seen before", corruptions.STRENGTHS, UNSEEN))
+    for name, (part, kinds, methods) in itertools.product(sources.NETWORKS, parts):
+        lines += [f"| {name}, {part}, % | mean | {' | '.join(kinds)} |", "| --- |" + " --- |" * (len(kinds) + 1)]
+        for method in methods:
             values = of(found, name, method)
             cells = [claim.spread(np.mean(values, 1)), *(f"{mean:.0f}" for mean in np.mean(values, 0))]
             lines.append(f"| {method} | {' | '.join(cells)} |")

@@ -45,7 +45,6 @@ def uncertainty(rest):
 
 def sums(batch, center):
     """The sums of x - center and of (x - near)^2 [*features], and `near`, which is `center` but for some bits."""
-
     axis, rows = rows_of(batch)
 
     def together(batch, center):
