@@ -12,27 +12,42 @@ import jax
 import model
 import tyro
 
+Network = Literal["resnet", "airbench"]
+# What is not given, where it is not as in Config.
+NETWORKS: dict[Network, dict[str, Any]] = {
+    "resnet": {},
+    "airbench": {
+        "width": 64,
+        "epochs": 10,
+        "batch": 1000,
+        "peak_rate": 1.5,
+        "momentum": 0.85,
+        "weight_decay": 0.0013,
+        "smoothing": 0.2,
+        "dtype": "bfloat16",
+        "evaluate_every": 10,
+        "views": 6,
+    },
+}
 Preset = Literal["paper", "accelerator"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
-    # The width of Zagoruyko & Komodakis 2016, "Wide Residual Networks"; batch, rate and square of Page 2018, "How to
-    # train your ResNet".
-    "accelerator": {
-        "width": 64,
-        "epochs": 40,
-        "batch": 512,
-        "peak_rate": 0.4,
-        "cutout": 8,
-        "dtype": "bfloat16",
-        "mirror": True,
-    },
+    "accelerator": {"network": "airbench", "batch": 1024, "evaluate_every": 1},
 }
 
 
-def preset_help() -> str:
-    values = PRESETS["accelerator"].items()
-    options = " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in values)
-    return f"What is not given otherwise: as below, or for accelerators {options}, which nobody has timed yet."
+def defaults(network: Network, preset: Preset) -> dict[str, Any]:
+    """What is not given with these two, where it is not as in `Config`."""
+    return NETWORKS[network] | PRESETS[preset] | {"network": network}
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """Options as they are given on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+NETWORK_HELP = f"He et al.'s ResNet, or Jordan's for speed: {in_words(NETWORKS['airbench'])}, where not given."
+PRESET_HELP = f"accelerator: {in_words(PRESETS['accelerator'])}, where not given. Nobody has timed it yet."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +60,14 @@ class Config:
     """Folder for config.json, metrics.csv, curves.png and checkpoints. Without it: runs/ and the time."""
     resume: Path | None = None
     """Go on with the run in this folder from its last whole checkpoint. All else, epochs too, is as it was."""
-    preset: Annotated[Preset, tyro.conf.arg(help=preset_help())] = "paper"
+    network: Annotated[Network, tyro.conf.arg(help=NETWORK_HELP)] = "resnet"
+    preset: Annotated[Preset, tyro.conf.arg(help=PRESET_HELP)] = "paper"
     depth: model.Depth = 20
-    """Layers of the network."""
+    """Layers of the ResNet."""
     width: int = 16
-    """Features of its first stage; the second has twice as many, the third four times."""
+    """Features of the first stage."""
     zero_last_scale: bool = False
-    """Start the last scale of every block at 0, so that each block starts as its shortcut."""
+    """Start the last scale of every block of the ResNet at 0, so that each block starts as its shortcut."""
     epochs: int = 5
     """Times each image is seen."""
     batch: int = 64
@@ -66,8 +82,6 @@ class Config:
     """On the kernels, not on scale and bias."""
     smoothing: float = 0.1
     """Label smoothing."""
-    cutout: int = 0
-    """Side of a square that is cut out of every training image. 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in. Params and statistics are float32."""
     remat: bool = False
@@ -78,10 +92,10 @@ class Config:
     """Of the initialization, the order of the images and their augmentation."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    mirror: bool = False
-    """Evaluate by the mean of the logits of each image and of its mirror image."""
+    views: Literal[1, 2, 6] = 1
+    """Evaluate by the mean logits of each image; of 2, with its mirror image; of 6, with both moved by a pixel, too."""
     ema: float = 0.0
-    """Average the params with this decay, in [0, 1), and evaluate the average too, at the end. 0: do not."""
+    """Average the ResNet's params with this decay, in [0, 1), and evaluate the average too, at the end. 0: do not."""
     recalibrate: bool = False
     """At the end, evaluate with the exact statistics of the training images in the place of the running ones, too."""
     drift: bool = False
@@ -98,6 +112,7 @@ def resolve(cli: Callable[..., Config], started_at: str) -> tuple[Config, Path]:
     config = cli()
     if config.resume is None:
         config = cli(default=Config(**PRESETS[config.preset]))
+        config = cli(default=Config(**defaults(config.network, config.preset)))
         run = config.run or Path("runs") / started_at
         if (run / "config.json").exists():
             raise ValueError(f"{run} holds a run already; go on with it by --resume {run}, or name another --run.")
@@ -141,7 +156,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} is {value}; expected at least 1.")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema is {config.ema}; expected a decay in [0, 1), such as 0.99.")
-    if not 0 <= config.cutout <= 32:
-        raise ValueError(
-            f"cutout is {config.cutout}; expected the side of a square in an image of 32 x 32, 0 for none."
-        )
+    if config.network != "resnet":
+        for name in ("depth", "zero_last_scale", "ema"):
+            if getattr(config, name) != getattr(Config, name):
+                raise ValueError(f"{name} is {getattr(config, name)}, which goes with --network resnet alone.")

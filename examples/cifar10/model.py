@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jbn
 
-Depth = Literal[8, 20, 32, 56]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
+Depth = Literal[8, 14, 20, 32, 44, 56, 110]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
 DEPTHS: tuple[int, ...] = get_args(Depth)
 # For jax.checkpoint: the convolutions' outputs and the measured moments are kept, all else is made again.
 REMAT_POLICY = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ class Carry(NamedTuple):
     state: dict
     optimizer: optax.OptState
     step: jax.Array  # [], int32
-    average: optax.OptState = optax.EmptyState()  # the sum that `averaged` makes params of
+    average: Any = optax.EmptyState()  # what `after_step` of `make_steps` averages
 
     def averaged(self, decay: float) -> "Carry":
-        """The same with averaged params in the place of those of the last step; the average starts without bias."""
+        """The same with the params averaged by `averaging` in the place of those of the last step, without bias."""
         average = cast(optax.EmaState, self.average)
         return self._replace(params=optax.tree.bias_correction(average.ema, decay, average.count))
 
@@ -109,24 +109,46 @@ def make_optimizer(peak: float, steps: int, *, momentum: float, weight_decay: fl
     )
 
 
-def augment(key: jax.Array, image: jax.Array, cutout: int = 0) -> jax.Array:
-    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, with a square cut out.
+def averaging(decay: float) -> tuple[Callable, Callable]:
+    """To start the average of the params and, as `after_step` of `make_steps`, to go on with it."""
+    averager = optax.ema(decay)
 
-    The square, of side `cutout`, is 0, which is the mean; its middle is anywhere in the image (DeVries & Taylor 2017,
-    "Improved Regularization of Convolutional Neural Networks with Cutout").
-    """
-    crop_key, flip_key = jax.random.split(key)
-    crop = jnp.pad(image, ((4, 4), (4, 4), (0, 0)))
-    for axis, start in enumerate(jax.random.randint(crop_key, (2,), 0, 9)):
+    def after_step(carry: Carry) -> Carry:
+        return carry._replace(average=averager.update(carry.params, carry.average)[1])
+
+    return averager.init, after_step
+
+
+def window(key: jax.Array, padded: jax.Array, size: int = 32) -> jax.Array:
+    """A window [size, size, channels], anywhere in the square image `padded`."""
+    count = len(padded) - size + 1
+    for axis, start in enumerate(jax.random.randint(key, (2,), 0, count)):
         # Of all windows, rather than by dynamic_slice: of that the compiler for TPU makes a loop over the images.
-        windows = [lax.slice_in_dim(crop, first, first + image.shape[axis], axis=axis) for first in range(9)]
-        crop = jnp.select([start == first for first in range(9)], windows)
-    image = jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
-    if not cutout:
-        return image
-    middle = jax.random.randint(jax.random.fold_in(key, 2), (2, 1), 0, image.shape[0])
-    rows, columns = (jnp.arange(image.shape[0]) - middle + cutout // 2) // cutout == 0
-    return jnp.where(rows[:, None, None] & columns[:, None], 0.0, image)
+        windows = [lax.slice_in_dim(padded, first, first + size, axis=axis) for first in range(count)]
+        padded = jnp.select([start == first for first in range(count)], windows)
+    return padded
+
+
+def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array | int = 0) -> jax.Array:
+    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, however often seen."""
+    crop_key, flip_key = jax.random.split(key)
+    crop = window(crop_key, jnp.pad(image, ((4, 4), (4, 4), (0, 0))))
+    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+
+
+def views(images: jax.Array, count: int) -> tuple[jax.Array, np.ndarray]:
+    """Views [count, batch, 32, 32, 3] of the same images and the weights [count] of their logits.
+
+    1: the images; 2: and their mirror images; 6: and both moved by a pixel, to the one corner and to the other.
+    """
+    if count == 6:
+        padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        images, weights = jnp.stack([images, padded[:, :-2, :-2], padded[:, 2:, 2:]]), np.array([1 / 2, 1 / 4, 1 / 4])
+    else:
+        images, weights = images[None], np.ones(1)
+    if count > 1:
+        images, weights = jnp.concatenate([images, images[..., ::-1, :]]), np.tile(weights, 2) / 2
+    return images, weights.astype(np.float32)
 
 
 def make_steps(
@@ -139,9 +161,9 @@ def make_steps(
     std: np.ndarray,
     smoothing: float,
     dtype: jnp.dtype,
-    averager: optax.GradientTransformation | None = None,
-    cutout: int = 0,
-    mirror: bool = False,
+    augment: Callable = augment,
+    after_step: Callable[[Carry], Carry] = lambda carry: carry,
+    view_count: int = 1,
     remat: bool = False,
 ) -> tuple[Callable, Callable]:
     """The two compiled programs, `train` and `evaluate`, for `apply(params, state, images, train=, axis_name=)`.
@@ -149,12 +171,13 @@ def make_steps(
     train(carry, totals, images, order, key, count) makes `count` steps, several in a loop and compiled for each count,
     on the next images of a whole set in the `order` [images] of this epoch; it gives back carry and totals.
     evaluate(carry, totals, images, first, end) adds the next batch from image `first` on, up to `end`. `mean` and `std`
-    [3] are those of the pixels. `averager` takes the params after every step. With `mirror` logits are the mean of
-    those of an image and its mirror image. With `remat` only what convolutions give and the measured moments are kept
-    for the backward pass. `carry` and `totals` are donated in training, `totals` in evaluation.
+    [3] are those of the pixels. `augment(key, image, times_seen)` makes an input of an image, which was seen in so many
+    epochs before, or in one more: of that half of the images which `key` draws. `after_step` is the last of a step.
+    Logits in evaluation are the mean of those of so many `views`. With `remat` only what convolutions give and the
+    measured moments are kept for the backward pass. `carry` and `totals` are donated in training, `totals` in
+    evaluation.
     """
     share = batch // mesh.size
-    averager = averager or optax.identity()
     forward = partial(apply, train=True, axis_name=AXIS)
     if remat:
         forward = jax.checkpoint(forward, policy=REMAT_POLICY)
@@ -167,11 +190,15 @@ def make_steps(
         return lax.axis_index(AXIS) * share + jnp.arange(share)
 
     def train_one(carry, totals, images, order, key):
-        index = carry.step % (len(order) // batch)
-        pixels, labels = take(images, lax.dynamic_slice(order, (index * batch,), (batch,)))
+        epoch, index = jnp.divmod(carry.step, len(order) // batch)
+        rows = lax.dynamic_slice(order, (index * batch,), (batch,))
+        pixels, labels = take(images, rows)
         # Every image has a key of its own, so the batch is the same however many devices share it.
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(positions())
-        inputs = jax.vmap(partial(augment, cutout=cutout))(keys, (pixels - mean) / std).astype(dtype)
+        half = jax.random.bernoulli(jax.random.fold_in(key, np.iinfo(np.uint32).max), shape=order.shape)[
+            rows[positions()]
+        ]
+        inputs = jax.vmap(augment)(keys, (pixels - mean) / std, epoch + half).astype(dtype)
 
         def loss(params):
             logits, state = forward(params, carry.state, inputs)
@@ -182,8 +209,7 @@ def make_steps(
         (value, (logits, state)), gradients = jax.value_and_grad(loss, has_aux=True)(carry.params)
         updates, optimizer_state = optimizer.update(gradients, carry.optimizer, carry.params)
         params = optax.apply_updates(carry.params, updates)
-        _, average = averager.update(params, carry.average)
-        carry = Carry(params, state, optimizer_state, carry.step + 1, average)
+        carry = after_step(Carry(params, state, optimizer_state, carry.step + 1, carry.average))
         return carry, add(totals, value * batch, logits, labels, jnp.ones(labels.shape, bool))
 
     @partial(jax.jit, static_argnums=5, donate_argnums=(0, 1))
@@ -204,9 +230,9 @@ def make_steps(
         valid = first + positions() < end
         pixels, labels = take(images, jnp.minimum(first + jnp.arange(batch), end - 1))
         inputs = ((pixels - mean) / std).astype(dtype)
-        logits, _ = apply(carry.params, carry.state, inputs, train=False)
-        if mirror:
-            logits = (logits + apply(carry.params, carry.state, inputs[:, :, ::-1], train=False)[0]) / 2
+        inputs, weights = views(inputs, view_count)
+        logits = lax.map(lambda view: apply(carry.params, carry.state, view, train=False)[0], inputs)
+        logits = jnp.tensordot(weights, logits, 1)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return add(totals, jnp.sum(jnp.where(valid, losses, 0.0)), logits, labels, valid)
 

@@ -5,9 +5,9 @@
     python examples/cifar10/train.py --data FOLDER --preset accelerator   for a GPU or TPU
     python examples/cifar10/train.py --depth 8 --epochs 3 --ema 0.999 --recalibrate --drift
 
-The files beside this one: config.py (the options), model.py (the network), convolution.py, steps.py (the compiled
-steps), data.py and shapes.py (what it learns from), checkpoints.py, report.py (what a person sees), cluster.py (several
-processes).
+The files beside this one: config.py (the options), model.py and airbench.py (the networks), recipes.py (how each is
+trained), convolution.py and pooling.py, steps.py (the compiled steps), data.py and shapes.py (what it learns from),
+checkpoints.py, report.py (what a person sees), cluster.py (several processes).
 """
 
 import dataclasses
@@ -26,9 +26,8 @@ import cluster
 import data
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
-import optax
+import recipes
 import report
 import steps
 import tyro
@@ -86,29 +85,24 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     """Train as `config` says and leave all results in `run`; returns the test accuracy of what was evaluated last."""
     train_count, test_count = len(dataset.train_labels), len(dataset.test_labels)
     first_process = jax.process_index() == 0
-    wide = "" if config.width == 16 else f", {config.width} wide,"
-    title = f"ResNet-{config.depth}{wide} on {dataset.name}"
-    report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {run}")
-
     mean, std = steps.channel_statistics(dataset.train_images)
     per_epoch = train_count // config.batch
-    optimizer = steps.make_optimizer(
-        config.peak_rate, config.epochs * per_epoch, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    averager = optax.ema(config.ema) if config.ema else optax.identity()
-    apply = partial(model.apply, depth=config.depth)
+    recipe = recipes.make(config, dataset, config.epochs * per_epoch)
+    title = f"{recipe.title} on {dataset.name}"
+    report.console.print(f"{title}; {mesh.size} x {jax.devices()[0].device_kind}; results in {run}")
+
     inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(config.dtype)}
     per_call = config.steps_per_call or (1 if jax.default_backend() == "cpu" else STEPS_PER_CALL)
     counts = [len(part) for part in np.array_split(np.arange(per_epoch), -(-per_epoch // per_call))]  # of every call
     train_steps, evaluate_step = steps.make_steps(
-        apply,
-        optimizer,
+        recipe.apply,
+        recipe.optimizer,
         mesh,
         batch=config.batch,
         smoothing=config.smoothing,
-        averager=averager,
-        cutout=config.cutout,
-        mirror=config.mirror,
+        augment=recipe.augment,
+        after_step=recipe.after_step,
+        view_count=config.views,
         remat=config.remat,
         **inputs,
     )
@@ -121,9 +115,9 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
 
     @everywhere
     def start(key):
-        params, state = model.init(key, config.depth, config.width, zero_last_scale=config.zero_last_scale)
-        step = jnp.zeros((), jnp.int32)
-        return steps.Carry(params, state, optimizer.init(params), step, averager.init(params)), key
+        params, state = recipe.init(key)
+        average = recipe.start_average(params, state)
+        return steps.Carry(params, state, recipe.optimizer.init(params), jnp.zeros((), jnp.int32), average), key
 
     @everywhere
     def shuffled(key, epoch):
@@ -161,8 +155,8 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
             report.print_row(history[-1])
 
     def as_in_training(params, state, pixels):
-        sample = jax.vmap(steps.augment)(jax.random.split(key, len(pixels)), (pixels - mean) / std)
-        return apply(params, state, sample.astype(config.dtype), train=True)
+        sample = jax.vmap(recipe.augment, (0, 0, None))(jax.random.split(key, len(pixels)), (pixels - mean) / std, 0)
+        return recipe.apply(params, state, sample.astype(config.dtype), train=True)
 
     distances = jbn.drift(as_in_training, carry.params, carry.state, [dataset.train_images[:512]])
     if first_process:
@@ -176,7 +170,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     params = f"averaged params ({config.ema})" if config.ema else "params of the last step"
     if config.ema or config.recalibrate:
         report.console.print(f"{params}, running statistics: test accuracy {accuracy:.2%}")
-    measure = steps.make_measure(apply, mesh, **inputs)
+    measure = steps.make_measure(recipe.apply, mesh, **inputs)
     parts = {
         "train": (dataset.train_images, dataset.train_labels),
         "test": (dataset.test_images, dataset.test_labels),

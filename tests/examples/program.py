@@ -29,6 +29,7 @@ import processes
 PROGRAM = Path(__file__).parents[2] / "examples" / "cifar10" / "train.py"
 SETTINGS = {"depth": 8, "width": 4, "epochs": 4, "batch": 32, "train-images": 192, "peak-rate": 0.02, "ema": 0.9}
 SMALL = [word for name, value in (SETTINGS | {"evaluate-every": 4}).items() for word in (f"--{name}", value)]
+AIRBENCH = ["--width", 2, "--batch", 32, "--train-images", 128]
 SECONDS = 300  # no wait in these tests is longer
 END = "\0"  # stands before the exit status of a command
 
@@ -55,7 +56,8 @@ class Worker:
         """Start a command; until it ends, the names of pairs in `replaced` have other values."""
         if "--run" in arguments:  # with --resume, the settings are there
             run = Path(arguments[arguments.index("--run") + 1])
-            arguments = (*SMALL, "--cache", run.parent / "no-cifar", *arguments)
+            small = AIRBENCH if "accelerator" in arguments else SMALL
+            arguments = (*small, "--cache", run.parent / "no-cifar", *arguments)
         self.process.stdin.write(f"{([*map(str, arguments)], replaced)}\n")
         self.process.stdin.flush()
 

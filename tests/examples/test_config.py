@@ -21,17 +21,28 @@ def test_without_a_preset_all_is_as_in_the_help():
     assert parsed()[0] == config.Config()
 
 
-def test_a_preset_gives_what_is_not_given():
+def test_a_network_gives_what_is_not_given():
     """Options go before it, also where they name what is the default without it."""
-    found, _ = parsed("--preset", "accelerator", "--batch", 64, "--cutout", 4, "--no-mirror")
-    wanted = config.PRESETS["accelerator"] | {"preset": "accelerator", "batch": 64, "cutout": 4, "mirror": False}
+    found, _ = parsed("--network", "airbench", "--batch", 64, "--views", 1)
+    wanted = config.NETWORKS["airbench"] | {"network": "airbench", "batch": 64, "views": 1}
     assert found == config.Config(**wanted)
     assert config.Config().batch == 64 and found.width == 64 and found.dtype == "bfloat16"
 
 
-def test_the_help_says_all_of_the_preset():
-    for name, value in config.PRESETS["accelerator"].items():
-        assert f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}" in config.preset_help()
+def test_a_preset_goes_before_its_network_and_options_before_both():
+    found, _ = parsed("--preset", "accelerator", "--epochs", 3)
+    both = config.NETWORKS["airbench"] | config.PRESETS["accelerator"]
+    assert found == config.Config(**both | {"preset": "accelerator", "epochs": 3})
+    assert parsed("--preset", "accelerator", "--network", "resnet")[0].width == config.Config().width
+
+
+def test_the_help_says_all_of_networks_and_presets():
+    for values, text in (
+        (config.NETWORKS["airbench"], config.NETWORK_HELP),
+        (config.PRESETS["accelerator"], config.PRESET_HELP),
+    ):
+        for name, value in values.items():
+            assert f"--{name.replace('_', '-')} {value}" in text
 
 
 def test_a_run_with_a_preset_goes_on_as_it_was(tmp_path):
@@ -43,8 +54,8 @@ def test_a_run_with_a_preset_goes_on_as_it_was(tmp_path):
     (run / "config.json").write_text(json.dumps({"config": settings}, default=str))
     found, folder = parsed("--resume", run, "--profile", tmp_path)
     assert folder == run and found == dataclasses.replace(started, resume=run, profile=tmp_path)
-    for other in (["--width", 16], ["--preset", "paper"], ["--batch", 64], ["--no-mirror"]):
-        with pytest.raises(ValueError, match=f"--resume takes {other[0].removeprefix('--').removeprefix('no-')} from"):
+    for other in (["--width", 16], ["--preset", "paper"], ["--batch", 64], ["--network", "resnet"]):
+        with pytest.raises(ValueError, match=f"--resume takes {other[0].removeprefix('--')} from"):
             parsed("--resume", run, *other)
 
 
@@ -52,7 +63,7 @@ def test_a_run_from_before_these_options_goes_on(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     settings = dataclasses.asdict(config.Config(run=run, depth=8))
-    for name in ("launch", "profile", "preset", "width", "cutout", "mirror", "remat", "steps_per_call"):
+    for name in ("launch", "profile", "network", "preset", "width", "views", "remat", "steps_per_call"):
         del settings[name]
     (run / "config.json").write_text(json.dumps({"config": settings}, default=str))
     assert parsed("--resume", run)[0].depth == 8
@@ -65,7 +76,8 @@ def test_a_run_from_before_these_options_goes_on(tmp_path):
     [
         ({"width": 0}, "width is 0; expected at least 1"),
         ({"steps_per_call": 0}, "steps_per_call is 0; expected at least 1"),
-        ({"cutout": 33}, "cutout is 33; expected the side of a square in an image of 32 x 32"),
+        ({"network": "airbench", "depth": 56}, "depth is 56, which goes with --network resnet alone"),
+        ({"network": "airbench", "ema": 0.9}, "ema is 0.9, which goes with --network resnet alone"),
     ],
 )
 def test_numbers_out_of_range(options, message):

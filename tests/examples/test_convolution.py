@@ -46,14 +46,32 @@ def test_value_and_gradients(window):
             np.testing.assert_allclose(got, wanted, **close, err_msg=f"stride, size, outputs: {case}")
 
 
+@pytest.mark.parametrize(("window", "stride"), [((3, 3), 1), ((1, 3), 1), ((5, 1), 1), ((2, 2), 1), ((3, 3), 2)])
+def test_bfloat16_by_tiles(monkeypatch, window, stride):
+    """Against the same numbers in float32: six images in tiles of two, or none where windows or strides are others."""
+    monkeypatch.setattr(convolution, "TILE", 2 * 2 * 7 * 8 * 3 * np.prod(window))
+    shapes = (6, 7, 8, 3), (*window, 3, 4), (6, -(-7 // stride), -(-8 // stride), 4)
+    narrow = [jnp.asarray(RANDOM.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    got = jax.jit(partial(pullback, partial(convolution.convolve, stride=stride)))
+    wanted = pullback(partial(reference, stride=stride), *(each.astype(jnp.float32) for each in narrow))
+    for each, exact in zip(got(*narrow), wanted, strict=True):
+        assert each.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(each), exact, atol=2**-7 * np.abs(exact).max())
+    tiled = all(size % 2 for size in window) and stride == 1
+    assert (" while(" in got.lower(*narrow).compile().as_text()) == tiled
+
+
 def test_under_vmap():
     x, kernel = jnp.ones((3, 2, 4, 4, 2)), jnp.asarray(RANDOM.standard_normal((3, 3, 2, 4)), jnp.float32)
     dy = jnp.asarray(RANDOM.standard_normal((3, 2, 4, 4, 4)), jnp.float32)
-    got, expected = (
-        jax.vmap(partial(pullback, partial(function, stride=1)), (0, None, 0))(x, kernel, dy)
-        for function in (convolution.convolve, reference)
-    )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
+    for dtype, error in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.02)):
+        operands = [each.astype(dtype) for each in (x, kernel, dy)]
+        got, expected = (
+            jax.vmap(partial(pullback, partial(function, stride=1)), (0, None, 0))(*operands)
+            for function in (convolution.convolve, reference)
+        )
+        for each, wanted in zip(got, expected, strict=True):
+            np.testing.assert_allclose(np.float32(each), np.float32(wanted), rtol=error, atol=error * 16)
 
 
 def test_a_gradient_that_is_not_finite_stays_so():

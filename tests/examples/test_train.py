@@ -68,13 +68,13 @@ def test_drift_of_a_run_that_has_ended(worker, undisturbed):
 def test_what_is_for_accelerators(worker, tmp_path):
     """Four steps an epoch in calls of two, as three do not divide them; the trace is of what calls there are left."""
     run, folder = tmp_path / "run", tmp_path / "trace"
-    small = ["--epochs", "2", "--train-images", "128", "--steps-per-call", "3"]
+    small = ["--epochs", "2", "--steps-per-call", "3"]
     arguments = ["--preset", "accelerator", "--remat", "--profile", folder, "--run", run, *small]
     output = worker.finish(*arguments)
-    assert "ResNet-8, 4 wide, on embedded shapes" in output and f"A trace of 2 calls is in {folder}" in output
+    assert "airbench, 2 wide, on embedded shapes" in output and f"A trace of 2 calls is in {folder}" in output
     assert list(folder.rglob("*.xplane.pb"))
     saved = json.loads((run / "config.json").read_text())["config"]
-    assert saved["preset"] == "accelerator" and saved["mirror"] and saved["width"] == 4
+    assert saved["preset"] == "accelerator" and saved["views"] == 6 and saved["width"] == 2
     assert all(np.isfinite(float(metrics(run)[-1][name])) for name in ("train_loss", "test_loss"))
 
 
