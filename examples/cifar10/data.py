@@ -57,11 +57,12 @@ def read(folder: Path) -> Dataset:
     """CIFAR-10 from a folder in the official binary layout, or from the folder that holds such a folder.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file has the wrong size, or a label that is no label.
+      FileNotFoundError: files are missing.
+      ValueError: files have the wrong size, or a label that is no label.
     """
     inner = folder / FOLDER
     folder = inner if inner.is_dir() else folder
+    _check_whole(folder)
     images, labels = zip(*(_read_file(folder / name) for name in (*TRAIN_FILES, TEST_FILE)), strict=True)
     content = hashlib.md5()
     for part in (*images, *labels):
@@ -70,13 +71,22 @@ def read(folder: Path) -> Dataset:
     return Dataset(name, np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1])
 
 
+def _check_whole(folder: Path) -> None:
+    """All files are there, and each is as long as it must be; else one error names all that is wrong."""
+    names, expected = (*TRAIN_FILES, TEST_FILE), RECORDS * (1 + PIXELS)
+    missing = [name for name in names if not (folder / name).is_file()]
+    sizes = {name: (folder / name).stat().st_size for name in names if name not in missing}
+    wrong = [f"{name} has {size:,} bytes" for name, size in sizes.items() if size != expected]
+    found = [f"{', '.join(missing)} missing"] * bool(missing) + wrong
+    if found:
+        message = (
+            f"{folder} is not all of CIFAR-10: {'; '.join(found)}. Expected the official binary layout, "
+            f"{', '.join(names)} of {expected:,} bytes each. Fetch it again, or name the folder that holds them."
+        )
+        raise FileNotFoundError(message) if missing else ValueError(message)
+
+
 def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    expected = RECORDS * (1 + PIXELS)
-    if not path.is_file():
-        wanted = ", ".join((*TRAIN_FILES, TEST_FILE))
-        raise FileNotFoundError(f"{path} is missing; expected the official binary layout: {wanted}.")
-    if path.stat().st_size != expected:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; expected {expected:,}. Fetch it again.")
     records = np.fromfile(path, np.uint8).reshape(RECORDS, 1 + PIXELS)
     if records[:, 0].max() > 9:
         raise ValueError(f"{path} holds the label {records[:, 0].max()}; expected 0 to 9. It is not a CIFAR-10 file.")

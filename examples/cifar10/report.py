@@ -1,6 +1,8 @@
 """What a person sees of a run: progress, a table, metrics.csv and curves.png."""
 
 import csv
+import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +57,11 @@ class Meter:
     def __exit__(self, *_):
         self.bar.stop()
 
-    def update(self, epoch: int, count: int, totals) -> None:
-        """Show where the run stands after `count` more steps, now and then: reading `totals` waits for the device."""
+    def update(self, epoch: int, count: int, totals, tested: str) -> None:
+        """Show where the run stands after `count` more steps, now and then: reading `totals` waits for the device.
+
+        `tested` is the last test accuracy as text.
+        """
         self.done += count
         step = self.done
         self.calls += 1
@@ -73,11 +78,12 @@ class Meter:
             rate = (step - self.shown[0]) / (now - self.shown[1])
             self.shown = (step, now)
             left = (self.steps - step) * (now - self.started[1]) / (step - self.started[0])
-            text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.1%}  {rate * self.batch:.0f} images/s"
+            speed = f"{rate * self.batch:.0f} images/s"
+            text = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.1%}  test {tested}  {speed}"
             if console.is_terminal:
                 self.bar.update(self.task, completed=step, description=text)
             else:
-                console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left")
+                console.print(f"step {step}/{self.steps}  {text}  {duration(left)} left")
 
 
 class Trace:
@@ -117,9 +123,40 @@ def bar(values, text: str):
     return track(values, text, console=console, disable=not console.is_terminal)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as text: 0:07, 27:05 or 3:02:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def hardware() -> str:
+    """What the program runs on, as precisely as it is known."""
+    devices = jax.devices()
+    if devices[0].platform != "cpu":
+        return f"{len(devices)} x {devices[0].device_kind}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def result_line(accuracy: float, title: str, config, history: list[dict]) -> str:
+    """A run as a row of a Markdown table."""
+    seconds = duration(sum(row["seconds"] for row in history))
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    cells = f"{accuracy:.2%}", title, f"{config.epochs} epochs, seed {config.seed}", seconds, hardware(), versions
+    return f"| {' | '.join(cells)} |"
+
+
 def row_text(row: dict) -> dict[str, str]:
     """The values of one epoch as text; what was not measured is a dash."""
     return {name: "-" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()}
+
+
+def last_tested(history: list[dict]) -> str:
+    """The last test accuracy as text, a dash where there is none yet."""
+    return next((f"{row['test_accuracy']:.2%}" for row in history[::-1] if row["test_accuracy"] is not None), "-")
 
 
 def print_row(row: dict) -> None:

@@ -135,6 +135,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     carry, history = checkpoints.restore(carry)
 
     meter = report.Meter(config.epochs * per_epoch, len(history) * per_epoch, config.batch)
+    tested = report.last_tested(history)
     with meter, report.Trace(config.profile) as trace:
         for epoch in range(len(history) + 1, config.epochs + 1):
             started = time.monotonic()
@@ -143,12 +144,13 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
                 if stop.is_set():
                     raise KeyboardInterrupt
                 carry, totals = trace(train_steps, carry, totals, train_set, order, shared_key, count)
-                meter.update(epoch, count, totals)
+                meter.update(epoch, count, totals, tested)
             row = {"epoch": epoch, **totals.means("train")}
-            row["seconds"] = time.monotonic() - started
-            row["images_per_second"] = per_epoch * config.batch / row["seconds"]
+            row["images_per_second"] = per_epoch * config.batch / (time.monotonic() - started)
             evaluated = epoch % config.evaluate_every == 0 or epoch == config.epochs
-            history.append(row | (test(carry) if evaluated else zero()).means("test"))
+            row |= (test(carry) if evaluated else zero()).means("test")
+            history.append(row | {"seconds": time.monotonic() - started})
+            tested = report.last_tested(history)
             checkpoints.save(carry, history)
             if first_process:
                 report.write_metrics(run / "metrics.csv", history)
@@ -199,6 +201,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
         state = jbn.recalibrate(measure, carry.params, carry.state, again, passes=PASSES)
         accuracy = test(carry._replace(state=state)).means("test")["test_accuracy"]
         report.console.print(f"{params}, recalibrated statistics: test accuracy {accuracy:.2%}")
+    report.console.print(report.result_line(accuracy, title, config, history))
     return accuracy
 
 

@@ -44,7 +44,7 @@ def together(pair, tmp_path_factory):
         (["--peak-rate", "0.2"], [], "process 0 has peak_rate 0.02 and process 1 has 0.2; start all alike"),
         ([], [("data.embedded.__defaults__", (256, 128, 1))], "process 1 has embedded shapes (seed 1"),
         ([], [("jax.__version__", "0.0.1")], "and process 1 has 0.0.1; start all alike"),
-        (["--data", "/nowhere"], [], "process 1: /nowhere/data_batch_1.bin is missing"),
+        (["--data", "/nowhere"], [], "process 1: /nowhere is not all of CIFAR-10: data_batch_1.bin"),
     ],
     ids=["configuration", "data", "jax", "no data"],
 )

@@ -22,6 +22,16 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     rows = metrics(run)
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    cells = output.strip().splitlines()[-1].strip("| ").split(" | ")
+    wanted = (
+        r"\d+\.\d\d%",
+        "ResNet-8, 4 wide, on embedded .*",
+        "4 epochs, seed 0",
+        r"\d+:\d\d",
+        r".*, \d+ cores",
+        "jax .*",
+    )
+    assert all(re.fullmatch(*pair) for pair in zip(wanted, cells, strict=True)), cells
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -84,7 +94,7 @@ def test_what_is_for_accelerators(worker, tmp_path):
         (["--resume", "RUN", "--epochs", "5"], "resume takes epochs from .*: it is 4, and 5 was given"),
         (["--resume", "NOWHERE"], "config.json is missing"),
         (["--run", "RUN"], "holds a run already"),
-        (["--data", "NOWHERE", "--run", "NEW"], "data_batch_1.bin is missing"),
+        (["--data", "NOWHERE", "--run", "NEW"], "is not all of CIFAR-10: data_batch_1.bin, .* missing"),
         (["--batch", "0", "--run", "NEW"], "batch is 0; expected at least 1"),
         (["--ema", "1", "--run", "NEW"], r"ema is 1.0; expected a decay in \[0, 1\)"),
         (["--process", "1", "--run", "NEW"], "--coordinator, --processes and --process go together"),
