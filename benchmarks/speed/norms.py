@@ -1,0 +1,79 @@
+"""What of it is the norm: others, or none, in the place of jbn's."""
+
+from pathlib import Path
+from typing import Any
+
+import changes
+import claim
+import figures
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import linen
+
+import jbn
+
+RATES = (0.5, 0.15, 0.05, 0.015)  # of the network without norm; jbn's and the others' is 1.5
+
+
+def flax_norm(x, params, state, *, train, decay, epsilon, axis_name, activation):
+    layer = linen.BatchNorm(
+        use_running_average=not train,
+        momentum=decay,
+        epsilon=epsilon,
+        use_scale=False,
+        dtype=x.dtype,
+        axis_name=axis_name,
+    )
+    variables = {"params": {"bias": params.bias}, "batch_stats": {"mean": state.mean, "var": state.var}}
+    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+    return activation(y), state._replace(**updated["batch_stats"])
+
+
+def scale_and_bias(x, params, state, *, activation, **_):
+    """The params of the norms alone: scales are frozen at 1, so biases."""
+    return activation(x + params.bias.astype(x.dtype)), state
+
+
+def renorm(x, params, state, **options):
+    return jbn.batch_renorm(x, params, state, **options)
+
+
+CHANGES = {
+    "jbn.batch_norm": changes.Change("the recipe"),
+    "Flax's": changes.Change("linen.BatchNorm and the activation behind", normalize=flax_norm),
+    "jbn.batch_renorm": changes.Change("within r 3, d 5", normalize=renorm),
+    **{
+        f"none, rate {rate}": changes.Change(
+            f"biases alone, peak rate {rate} for 1.5", options={"peak_rate": rate}, normalize=scale_and_bias
+        )
+        for rate in RATES
+    },
+}
+
+
+def jobs(folder: Path | None, size: changes.Size) -> claim.Jobs:
+    return changes.jobs(CHANGES, folder, size)
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    accuracy = changes.of(found, "accuracy")
+    figures.bars(
+        axis, {name: (each.min(), float(each.mean()), each.max()) for name, each in accuracy.items()}, form="{:.1f}"
+    )
+    axis.set(xlabel="test accuracy, %", title="The same training with other norms, or none")
+    figures.save(figure, path)
+
+
+def tell(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "| norm | that is | test accuracy, % | with recalibrated statistics | time of jbn's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    accuracy, again, seconds = (changes.of(found, value) for value in ("accuracy", "recalibrated", "seconds"))
+    for name, each in accuracy.items():
+        change = CHANGES[name]
+        recalibrated = "-" if change.normalize is scale_and_bias else claim.spread(again[name], "{:.2f}")
+        ratio = np.median(seconds[name]) / np.median(seconds["jbn.batch_norm"])
+        lines.append(f"| {name} | {change.says} | {claim.spread(each, '{:.2f}')} | {recalibrated} | {ratio:.2f} |")
+    return lines

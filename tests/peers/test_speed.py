@@ -1,0 +1,23 @@
+"""What of the recipe for speed matters, tiny: it is computed, kept, drawn and told; all changes can be trained."""
+
+import runpy
+from pathlib import Path
+
+import claim
+import pytest
+
+ROOT = Path(__file__).parents[2]
+speed = runpy.run_path(str(ROOT / "benchmarks" / "speed"), run_name="speed")
+
+
+@pytest.mark.parametrize("name", ["left_out", "norms"])
+def test_tiny(name, tmp_path, capsys):
+    config = speed["Config"](folder=tmp_path, claims=(name,), tiny=True)
+    speed["main"](config)
+    told = capsys.readouterr().out
+    assert "| --- |" in told and "embedded shapes" in told
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    jobs = claim.read(tmp_path / f"{name}.json")
+    assert jobs and all(f"{name}: {job}," in told for job in jobs)
+    speed["main"](config)  # as after an interruption
+    assert f"{name}: " not in capsys.readouterr().out
