@@ -145,12 +145,12 @@ def lookahead(carry: steps.Carry, total: int) -> steps.Carry:
 
     Zhang et al. 2019, "Lookahead Optimizer: k steps forward, 1 step back", with a pull that grows as the cube of time.
     """
-    last = carry.step == total
-    decay = jnp.where(last, 1, PULL * (carry.step / total) ** 3)
-    now = last | (carry.step % SYNCHRONIZE == 0)
+    averages = carry.step % SYNCHRONIZE == 0
+    now = averages | (carry.step == total)
+    decay = PULL * (carry.step / total) ** 3
 
     def average(slow, fast):
-        return jnp.where(now, fast + decay * (slow - fast), slow)
+        return jnp.where(averages, fast + decay * (slow - fast), slow)
 
     fast = carry.params, carry.state
     slow = jax.tree.map(average, carry.average, fast)

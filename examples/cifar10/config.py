@@ -18,21 +18,21 @@ NETWORKS: dict[Network, dict[str, Any]] = {
     "resnet": {},
     "airbench": {
         "width": 64,
-        "epochs": 10,
+        "epochs": 20,
         "batch": 1000,
         "peak_rate": 1.5,
         "momentum": 0.85,
         "weight_decay": 0.0013,
         "smoothing": 0.2,
         "dtype": "bfloat16",
-        "evaluate_every": 10,
+        "evaluate_every": 20,
         "views": 6,
     },
 }
 Preset = Literal["paper", "accelerator"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
-    "accelerator": {"network": "airbench", "batch": 1024, "evaluate_every": 1},
+    "accelerator": {"network": "airbench", "epochs": 10, "batch": 1024, "evaluate_every": 1},
 }
 
 

@@ -81,7 +81,7 @@ def test_steps_of_the_optimizer(network):
 
 
 def test_lookahead():
-    """Of 12 steps, the average moves and is moved to in the fifth, the tenth and, without moving, in the last."""
+    """Of 12 steps, the average moves and is moved to in the fifth and the tenth, and is moved to in the last."""
     fast = {"params": {"w": jnp.float32(0)}, "state": {"mean": jnp.float32(0)}}
     carry = steps.Carry(
         fast["params"], fast["state"], optax.EmptyState(), jnp.int32(0), (fast["params"], fast["state"])

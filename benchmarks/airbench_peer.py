@@ -1,0 +1,349 @@
+"""Train the example's airbench on jbn, with Flax's norm in its place, and in PyTorch: same start, order and crops.
+
+    python benchmarks/airbench_peer.py --data FOLDER --torch PYTHON      PYTHON is one that has PyTorch
+    python benchmarks/airbench_peer.py --data FOLDER --seeds 0 --sides jbn flax --out FILE.json
+
+Each side is a process of its own, on all cores of the CPU. They take turns, an epoch each, in an order that rotates.
+Prints the accuracy on 6 views of the test images, the time as a ratio, and the most memory that each process held, with
+its libraries and the images. What is compiled is compiled in the first step. PyTorch's order and crops are drawn by JAX
+before the clock starts; the other sides draw their crops within the step.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar10"))
+
+import airbench
+import config as example
+import data
+import recipes
+import report
+import steps
+
+import jbn
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = "torch"
+Side = Literal["jbn", "flax", "torch"]
+PACKAGES = {"jbn": ("jax",), "flax": ("jax", "flax"), "torch": ("torch",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Path | None = None
+    """Folder with CIFAR-10 in the official binary layout; without it the embedded set."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 10
+    train_images: int | None = None
+    """Use only so many training images, the first ones."""
+    test_images: int | None = None
+    """Use only so many test images, the first ones."""
+    batch: int = example.NETWORKS["airbench"]["batch"]
+    width: int = airbench.WIDTH
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the network computes in; PyTorch by autocast."""
+    sides: tuple[Side, ...] = ("jbn", "flax", "torch")
+    torch: Path = Path(sys.executable)
+    """The Python of the side of PyTorch, which also has what the example needs."""
+    compile: bool = False
+    """Compile the network in PyTorch."""
+    out: Path | None = None
+    """Where all that was measured goes, as JSON."""
+
+
+def flax_norm(x, params, state, *, train, decay, epsilon, axis_name, activation):
+    """Flax's BatchNorm with the arguments of `jbn.batch_norm`; the weight of the state stays what it is."""
+    from flax import linen
+
+    layer = linen.BatchNorm(
+        not train, momentum=decay, epsilon=epsilon, dtype=x.dtype, use_scale=False, axis_name=axis_name
+    )
+    variables = {"params": {"bias": params.bias}, "batch_stats": {"mean": state.mean, "var": state.var}}
+    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+    return activation(y), state._replace(**updated["batch_stats"])  # pyright: ignore[reportIndexIssue]
+
+
+NORMS = {"jbn": jbn.batch_norm, "flax": flax_norm}
+
+
+class Training(Protocol):
+    """One side: `start`, then for each epoch `draw` and its steps, then `evaluate`; and again."""
+
+    def start(self, seed: int) -> None:
+        """Forget all training; start as airbench.py does from this seed."""
+
+    def draw(self, epoch: int) -> list[Any]:
+        """For each step of `epoch`, from 0, what it is given; made before the clock starts."""
+        ...
+
+    def step(self, given: Any) -> float:
+        """Make one step to its end; the loss."""
+        ...
+
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy and loss on the test images."""
+        ...
+
+
+class JaxTraining:
+    """The example, with one of NORMS."""
+
+    def __init__(self, norm: str, dataset: data.Dataset, settings: example.Config):
+        self.dataset, self.batch = dataset, settings.batch
+        count = len(dataset.train_labels)
+        recipe = recipes.make(settings, dataset, settings.epochs * (count // self.batch))
+        mean, std = steps.channel_statistics(dataset.train_images)
+        mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+        train, self.evaluate_step = steps.make_steps(
+            partial(recipe.apply, normalize=NORMS[norm]),
+            recipe.optimizer,
+            mesh,
+            batch=self.batch,
+            mean=mean,
+            std=std,
+            smoothing=settings.smoothing,
+            dtype=jnp.dtype(settings.dtype),
+            augment=recipe.augment,
+            after_step=recipe.after_step,
+            view_count=settings.views,
+        )
+        self.train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
+        self.test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
+        everywhere = partial(jax.jit, out_shardings=jax.NamedSharding(mesh, steps.REPLICATED))
+        self.zero = everywhere(steps.Totals.zero)
+
+        def begin(params, state):
+            average = recipe.start_average(params, state)
+            return steps.Carry(params, state, recipe.optimizer.init(params), jnp.zeros((), jnp.int32), average)
+
+        self.train: Any = train
+        self.compiled: Any = None
+        self.init, self.everywhere, self.carry_of = recipe.init, everywhere, everywhere(begin)
+        self.shuffled = everywhere(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), count))
+
+    def start(self, seed: int) -> None:
+        self.key = self.everywhere(lambda: jax.random.key(seed))()
+        self.begin(*self.init(self.key))
+
+    def begin(self, params: dict, state: dict) -> None:
+        """Start from params and state of airbench.py."""
+        self.carry = self.carry_of(params, state)
+
+    def draw(self, epoch: int) -> list[jax.Array]:
+        order = jax.block_until_ready(self.shuffled(self.key, epoch + 1))  # train.py counts from 1
+        return [order] * (len(self.dataset.train_labels) // self.batch)
+
+    def step(self, given: jax.Array) -> float:
+        arguments = self.carry, self.zero(), self.train_set, given, self.key
+        if self.compiled is None:  # ahead of time, or Flax's is compiled in the second step too
+            self.compiled = self.train.lower(*arguments, 1).compile()
+        self.carry, totals = self.compiled(*arguments)
+        jax.block_until_ready(self.carry)
+        return float(totals.loss) / self.batch
+
+    def evaluate(self) -> tuple[float, float]:
+        totals, count = self.zero(), len(self.dataset.test_labels)
+        for first in range(0, count, self.batch):
+            totals = self.evaluate_step(self.carry, totals, self.test_set, first, count)
+        means = totals.means("test")
+        return means["test_accuracy"], means["test_loss"]
+
+
+def training_of(side: str, config: Config) -> Training:
+    """What `side` trains with, on the data of `config`."""
+    dataset = dataset_of(config)
+    own = {name: getattr(config, name) for name in ("epochs", "batch", "width", "dtype")}
+    settings = example.Config(**example.defaults("airbench", "paper") | own)
+    if side == "torch":
+        import torch_airbench
+
+        return torch_airbench.Training(dataset, settings, compiled=config.compile)
+    return JaxTraining(side, dataset, settings)
+
+
+def dataset_of(config: Config) -> data.Dataset:
+    dataset = (data.read(config.data) if config.data else data.embedded()).first(config.train_images)
+    if config.batch > len(dataset.train_labels):
+        raise ValueError(f"batch is {config.batch}; expected up to the {len(dataset.train_labels)} images.")
+    test = slice(config.test_images)
+    return dataset._replace(test_images=dataset.test_images[test], test_labels=dataset.test_labels[test])
+
+
+def epoch_of(training: Training, epoch: int) -> dict[str, Any]:
+    """Train for an epoch: the seconds of every step, and the mean loss."""
+    drawn, seconds, losses = training.draw(epoch), [], []
+    for given in drawn:
+        started = time.perf_counter()
+        losses.append(training.step(given))
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds, "loss": float(np.mean(losses))}
+
+
+def evaluation_of(training: Training) -> dict[str, float]:
+    started = time.perf_counter()
+    accuracy, loss = training.evaluate()
+    return {"accuracy": accuracy, "loss": loss, "seconds": time.perf_counter() - started, "MiB": memory()}
+
+
+def memory() -> float:
+    """The most MiB that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def work(side: str) -> None:
+    """Be one side: a request a line, of which the first is the config, and a line for each answer."""
+    config = from_json(sys.stdin.readline())
+    training = training_of(side, config)
+    answer: Any = {"python": platform.python_version()}
+    answer |= {name: importlib.metadata.version(name) for name in PACKAGES[side]}
+    print(json.dumps(answer), flush=True)
+    for line in sys.stdin:
+        match json.loads(line):
+            case ["start", seed]:
+                answer = training.start(seed)
+            case ["epoch", epoch]:
+                answer = epoch_of(training, epoch)
+            case ["evaluate"]:
+                answer = evaluation_of(training)
+        print(json.dumps(answer), flush=True)
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), default=str)
+
+
+def from_json(text: str) -> Config:
+    given = json.loads(text)
+    paths = {name: Path(given[name]) for name in ("data", "torch", "out") if given[name] is not None}
+    return Config(**given | paths)
+
+
+class Worker:
+    """The process of one side, as the driver sees it."""
+
+    def __init__(self, side: str, config: Config):
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        python = str(config.torch) if side == "torch" else sys.executable
+        self.side = side
+        self.process = subprocess.Popen(
+            [python, __file__, "worker", side],
+            env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.packages = self.ask(to_json(config))
+
+    def ask(self, line: str) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"error: the process of {self.side} ended with {self.process.wait()}; see above.")
+        return json.loads(answer)
+
+    def do(self, *request: Any) -> Any:
+        return self.ask(json.dumps(request))
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+def measure(config: Config, workers: list[Worker]) -> dict[str, list[dict]]:
+    """By side and seed: the seconds of every step of every epoch, its loss, and the evaluation."""
+    found: dict[str, list[dict]] = {worker.side: [] for worker in workers}
+    turn = 0
+    for seed in config.seeds:
+        for worker in workers:
+            worker.do("start", seed)
+            found[worker.side].append({"seed": seed, "epochs": []})
+        for epoch in range(config.epochs):
+            for worker in in_turn(workers, turn := turn + 1):
+                row = worker.do("epoch", epoch)
+                found[worker.side][-1]["epochs"].append(row)
+                seconds = sum(row["seconds"])
+                report.console.print(
+                    f"seed {seed}  epoch {epoch + 1}  {worker.side:5}  loss {row['loss']:.4f}  {seconds:.1f} s"
+                )
+        for worker in in_turn(workers, turn := turn + 1):
+            test = found[worker.side][-1]["test"] = worker.do("evaluate")
+            report.console.print(
+                f"seed {seed}  test accuracy  {worker.side:5}  {test['accuracy']:.2%}  {test['seconds']:.1f} s"
+            )
+    return found
+
+
+def in_turn(workers: list[Worker], turn: int) -> list[Worker]:
+    first = turn % len(workers)
+    return workers[first:] + workers[:first]
+
+
+def seconds_of(run: dict) -> tuple[float, float]:
+    """Of one training, all seconds, and those without the first step."""
+    every = [seconds for epoch in run["epochs"] for seconds in epoch["seconds"]]
+    return sum(every), sum(every[1:])
+
+
+def table_of(found: dict[str, list[dict]], title: str) -> Table:
+    """A row a side; the ratio is of seconds without the first step, of all seeds together."""
+    seeds = [f"seed {run['seed']}" for run in next(iter(found.values()))]
+    table = Table(
+        "side", *seeds, "median", "seconds", "without 1st step", f"of {BASE}", "evaluation", "MiB", title=title
+    )
+    rest = {side: sum(seconds_of(run)[1] for run in runs) for side, runs in found.items()}
+    for side, runs in found.items():
+        accuracies = [run["test"]["accuracy"] for run in runs]
+        total, without = (f"{np.median(values):.1f}" for values in zip(*map(seconds_of, runs), strict=True))
+        ratio = f"{rest[side] / rest[BASE]:.2f}" if BASE in rest else ""
+        evaluation = np.median([run["test"]["seconds"] for run in runs])
+        mebibytes = max(run["test"]["MiB"] for run in runs)
+        cells = (total, without, ratio, f"{evaluation:.1f}", f"{mebibytes:.0f}")
+        table.add_row(side, *(f"{value:.2%}" for value in (*accuracies, np.median(accuracies))), *cells)
+    return table
+
+
+def main(config: Config) -> None:
+    dataset = dataset_of(config)
+    workers = [Worker(side, config) for side in config.sides]
+    hardware = report.hardware()
+    packages = {worker.side: worker.packages for worker in workers}
+    report.console.print(f"{dataset.name}; {hardware}")
+    for side, versions in packages.items():
+        report.console.print(f"{side}: {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    found = measure(config, workers)
+    for worker in workers:
+        worker.end()
+    count = len(dataset.train_labels)
+    title = f"airbench, {config.width} wide, {count:,} images, {config.epochs} epochs, {config.dtype}"
+    report.console.print(table_of(found, title))
+    if config.out is not None:
+        settings = json.loads(to_json(config))
+        for name in ("data", "torch", "out"):  # the data counts, not where it lies
+            del settings[name]
+        facts = {"dataset": dataset.name, "hardware": hardware, "packages": packages}
+        record = {"config": settings, **facts, "found": found}
+        config.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        work(sys.argv[2])
+    else:
+        main(tyro.cli(Config, description=__doc__))
