@@ -23,14 +23,21 @@ from rich.table import Table
 from training_step import convolution
 
 ROUNDS = 15
-SHAPES = {  # images at once; size, inputs, outputs, stride
+SHAPES = {  # images at once; size, inputs, outputs, stride, and how many layers are alike
     "resnet": (
         128,
-        ((32, 3, 16, 1), (32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1)),
+        (
+            (32, 3, 16, 1, 1),
+            (32, 16, 16, 1, 6),
+            (32, 16, 32, 2, 1),
+            (16, 32, 32, 1, 5),
+            (16, 32, 64, 2, 1),
+            (8, 64, 64, 1, 5),
+        ),
     ),
     "airbench": (
         250,
-        ((31, 24, 64, 1), (15, 64, 64, 1), (15, 64, 256, 1), (7, 256, 256, 1), (3, 256, 256, 1)),
+        ((31, 24, 64, 1, 1), (15, 64, 64, 1, 1), (15, 64, 256, 1, 1), (7, 256, 256, 1, 2), (3, 256, 256, 1, 1)),
     ),
 }
 WAYS = {"JAX": convolution.plain, "own rule": convolution.convolve}
@@ -96,8 +103,8 @@ def main(config: Config) -> None:
     title = f"3 x 3 convolutions in {config.dtype}: ms forward + both gradients (GFLOP/s)"
     table, totals = Table("x, outputs, stride", *names, title=title), dict.fromkeys(names, 0.0)
     multiply, product_operations = product(config.dtype)
-    peaks = []
-    for size, inputs, outputs, stride in shapes:
+    peaks, of_network = [], 0
+    for size, inputs, outputs, stride, layers in shapes:
         x = jnp.asarray(random.standard_normal((batch, size, size, inputs)), config.dtype)
         kernel = jnp.asarray(random.standard_normal((3, 3, inputs, outputs)), config.dtype)
         functions: dict = {"product": multiply}
@@ -107,17 +114,20 @@ def main(config: Config) -> None:
         seconds = medians(functions)
         peaks.append(product_operations / seconds["product"])
         operations = 2 * batch * (-(-size // stride)) ** 2 * 9 * inputs * outputs
+        of_network += 3 * layers * operations
         cells = []
         for name in names:
             forward, back = seconds[name, 0], seconds[name, 1]
-            totals[name] += forward + back
+            totals[name] += layers * (forward + back)
             rates = f"{operations / forward / 1e9:.0f} + {2 * operations / back / 1e9:.0f}"
             cells.append(f"{1e3 * forward:.1f} + {1e3 * back:.1f} ({rates})")
         table.add_row(f"[{batch}, {size}, {size}, {inputs}], {outputs}, {stride}", *cells)
-    table.add_row("all, ms", *(f"{1e3 * total:.0f}" for total in totals.values()))
+    cells = (f"{1e3 * total:.0f} ({of_network / total / 1e9:.0f})" for total in totals.values())
+    table.add_row("all layers", *cells)
     console = Console(highlight=False, width=140)
     console.print(table)
-    console.print(f"A product of two matrices: {np.median(peaks) / 1e9:.0f} GFLOP/s; jax {jax.__version__}")
+    console.print(f"{of_network / batch / 1e9:.3f} GFLOP an image, forward and both gradients; jax {jax.__version__}")
+    console.print(f"A product of two matrices: {np.median(peaks) / 1e9:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -198,8 +198,9 @@ def bench(*arguments):
 def test_benchmarks_are_listed_and_reached_by_name():
     listed = {line.split()[0] for line in bench().stdout.splitlines()}
     parts = {"competitors", "example", "figures", "flax_resnet", "hlo", "remedies", "resnet50", "six_layers"}
+    parts |= {"torch_airbench", "training"}
     files = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
-    assert listed == (files - parts - {"small_batch_record"}) | {"evidence", "moved"}
+    assert listed == (files - parts - {"small_batch_record"}) | {"evidence", "moved", "speed"}
     assert bench("operation", "--markdown").stdout.startswith("| case | way | peer |")
     wrong = bench("nothing")
     assert wrong.returncode and "no benchmark 'nothing'" in wrong.stderr and "operation" in wrong.stdout

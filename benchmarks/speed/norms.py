@@ -8,25 +8,11 @@ import claim
 import figures
 import matplotlib.pyplot as plt
 import numpy as np
-from flax import linen
+from airbench_peer import flax_norm
 
 import jbn
 
 RATES = (0.5, 0.15, 0.05, 0.015)  # of the network without norm; jbn's and the others' is 1.5
-
-
-def flax_norm(x, params, state, *, train, decay, epsilon, axis_name, activation):
-    layer = linen.BatchNorm(
-        use_running_average=not train,
-        momentum=decay,
-        epsilon=epsilon,
-        use_scale=False,
-        dtype=x.dtype,
-        axis_name=axis_name,
-    )
-    variables = {"params": {"bias": params.bias}, "batch_stats": {"mean": state.mean, "var": state.var}}
-    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
-    return activation(y), state._replace(**updated["batch_stats"])
 
 
 def scale_and_bias(x, params, state, *, activation, **_):

@@ -2,6 +2,9 @@
 
     python examples/cifar10/train.py --network airbench --data FOLDER
 
+91.45 % of the test images of a JPEG copy of CIFAR-10, in 58 minutes on two cores of an AMD EPYC (Zen 4), jax 0.12.0.1,
+in twenty passes; docs/records has it all. The 94 % are of the original images, which nobody has shown it yet.
+
 A network of six wide convolutions behind a first one that is never trained, and all that its few passes need. It lives
 from batch norm: activations inside the norms, scales frozen at 1, running statistics that forget within three steps.
 This file is all of it that is not ResNet's too, from the pixels to the last step; steps.py runs it.

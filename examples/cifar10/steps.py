@@ -14,6 +14,7 @@ from model import REMAT_POLICY
 
 AXIS = "data"
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+NO_STEP = np.iinfo(np.uint32).max  # of what is drawn once in a training
 
 
 class Carry(NamedTuple):
@@ -172,7 +173,7 @@ def make_steps(
     on the next images of a whole set in the `order` [images] of this epoch; it gives back carry and totals.
     evaluate(carry, totals, images, first, end) adds the next batch from image `first` on, up to `end`. `mean` and `std`
     [3] are those of the pixels. `augment(key, image, times_seen)` makes an input of an image, which was seen in so many
-    epochs before, or in one more: of that half of the images which `key` draws. `after_step` is the last of a step.
+    epochs before; half of the images, drawn by `key`, are one ahead. `after_step` is the last of a step.
     Logits in evaluation are the mean of those of so many `views`. With `remat` only what convolutions give and the
     measured moments are kept for the backward pass. `carry` and `totals` are donated in training, `totals` in
     evaluation.
@@ -195,10 +196,8 @@ def make_steps(
         pixels, labels = take(images, rows)
         # Every image has a key of its own, so the batch is the same however many devices share it.
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, carry.step)))(positions())
-        half = jax.random.bernoulli(jax.random.fold_in(key, np.iinfo(np.uint32).max), shape=order.shape)[
-            rows[positions()]
-        ]
-        inputs = jax.vmap(augment)(keys, (pixels - mean) / std, epoch + half).astype(dtype)
+        ahead = jax.random.bernoulli(jax.random.fold_in(key, NO_STEP), shape=order.shape)[rows[positions()]]
+        inputs = jax.vmap(augment)(keys, (pixels - mean) / std, epoch + ahead).astype(dtype)
 
         def loss(params):
             logits, state = forward(params, carry.state, inputs)

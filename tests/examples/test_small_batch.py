@@ -184,7 +184,7 @@ def test_stopped_it_goes_on_after_the_last_that_was_finished(tiny, monkeypatch, 
         ({"sizes": (2, 2)}, r"sizes is \(2, 2\); expected each size once"),
         ({"seeds": 0}, "seeds is 0; expected at least 1"),
         ({"epochs": 1}, "epochs is 1 and images 16: 4 steps; expected at least 5"),
-        ({"data": Path("nowhere")}, "nowhere/data_batch_1.bin is missing"),
+        ({"data": Path("nowhere")}, "nowhere is not all of CIFAR-10: data_batch_1.bin, .* missing"),
     ],
 )
 def test_refusals_say_what_to_do(tiny, change, message):
