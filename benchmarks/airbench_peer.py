@@ -109,33 +109,19 @@ class JaxTraining:
         self.dataset, self.batch = dataset, settings.batch
         count = len(dataset.train_labels)
         recipe = recipes.make(settings, dataset, settings.epochs * (count // self.batch))
+        recipe = recipe._replace(apply=partial(recipe.apply, normalize=NORMS[norm]))
         mean, std = steps.channel_statistics(dataset.train_images)
         mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-        train, self.evaluate_step = steps.make_steps(
-            partial(recipe.apply, normalize=NORMS[norm]),
-            recipe.optimizer,
-            mesh,
-            batch=self.batch,
-            mean=mean,
-            std=std,
-            smoothing=settings.smoothing,
-            dtype=jnp.dtype(settings.dtype),
-            augment=recipe.augment,
-            after_step=recipe.after_step,
-            view_count=settings.views,
-        )
+        inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(settings.dtype)}
+        train, self.evaluate_step = recipe.make_steps(settings, mesh, **inputs)
         self.train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
         self.test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
         everywhere = partial(jax.jit, out_shardings=jax.NamedSharding(mesh, steps.REPLICATED))
         self.zero = everywhere(steps.Totals.zero)
 
-        def begin(params, state):
-            average = recipe.start_average(params, state)
-            return steps.Carry(params, state, recipe.optimizer.init(params), jnp.zeros((), jnp.int32), average)
-
         self.train: Any = train
         self.compiled: Any = None
-        self.init, self.everywhere, self.carry_of = recipe.init, everywhere, everywhere(begin)
+        self.init, self.everywhere, self.carry_of = recipe.init, everywhere, everywhere(recipe.start)
         self.shuffled = everywhere(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), count))
 
     def start(self, seed: int) -> None:

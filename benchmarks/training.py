@@ -1,5 +1,6 @@
 """Train a network of the example as examples/cifar10/train.py does, on one device, without what is for a person."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,28 +33,12 @@ def train(recipe: Recipe, config: Config, dataset: data.Dataset) -> Trained:
     mean, std = steps.channel_statistics(dataset.train_images)
     inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(config.dtype)}
 
-    def make(view_count):
-        return steps.make_steps(
-            recipe.apply,
-            recipe.optimizer,
-            mesh,
-            batch=config.batch,
-            smoothing=config.smoothing,
-            augment=recipe.augment,
-            after_step=recipe.after_step,
-            view_count=view_count,
-            **inputs,
-        )
-
     def start(key):
-        params, state = recipe.init(key)
-        average = recipe.start_average(params, state)
-        carry = steps.Carry(params, state, recipe.optimizer.init(params), jnp.zeros((), jnp.int32), average)
-        return carry, steps.Totals.zero(), key
+        return recipe.start(*recipe.init(key)), steps.Totals.zero(), key
 
     everywhere = jax.NamedSharding(mesh, steps.REPLICATED)
     carry, totals, key = jax.jit(start, out_shardings=everywhere)(jax.random.key(config.seed))
-    train_step, _ = make(config.views)
+    train_step, _ = recipe.make_steps(config, mesh, **inputs)
     train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
     test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
     count, test_count, losses = len(dataset.train_labels), len(dataset.test_labels), []
@@ -66,7 +51,7 @@ def train(recipe: Recipe, config: Config, dataset: data.Dataset) -> Trained:
         losses.append(float(totals.loss) / int(totals.count))
 
     def accuracy(state=carry.state, view_count=config.views):
-        _, evaluate = make(view_count)
+        _, evaluate = recipe.make_steps(dataclasses.replace(config, views=view_count), mesh, **inputs)
         found = jax.tree.map(jnp.zeros_like, totals)
         for first in range(0, test_count, config.batch):
             found = evaluate(carry._replace(state=state), found, test_set, first, test_count)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import airbench
 import data
 import jax
+import jax.numpy as jnp
 import model
 import optax
 import steps
@@ -14,6 +15,8 @@ from config import Config
 
 
 class Recipe(NamedTuple):
+    """A network and how it is trained."""
+
     title: str
     init: Callable[[jax.Array], tuple[dict, dict]]  # params and state of a key
     apply: Callable  # apply(params, state, images, train=, axis_name=) gives logits and the new state
@@ -21,6 +24,26 @@ class Recipe(NamedTuple):
     augment: Callable  # as `make_steps` takes it, and after_step
     after_step: Callable[[steps.Carry], steps.Carry]
     start_average: Callable  # start_average(params, state) gives the first `Carry.average`
+
+    def start(self, params: dict, state: dict) -> steps.Carry:
+        """Before the first step."""
+        average = self.start_average(params, state)
+        return steps.Carry(params, state, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
+
+    def make_steps(self, config: Config, mesh: jax.sharding.Mesh, **inputs) -> tuple[Callable, Callable]:
+        """`steps.make_steps` as `config` says; `inputs` are its mean, std and dtype."""
+        return steps.make_steps(
+            self.apply,
+            self.optimizer,
+            mesh,
+            batch=config.batch,
+            smoothing=config.smoothing,
+            augment=self.augment,
+            after_step=self.after_step,
+            view_count=config.views,
+            remat=config.remat,
+            **inputs,
+        )
 
 
 def resnet(config: Config, dataset: data.Dataset, total: int) -> Recipe:

@@ -120,12 +120,12 @@ def averaging(decay: float) -> tuple[Callable, Callable]:
     return averager.init, after_step
 
 
-def window(key: jax.Array, padded: jax.Array, size: int = 32) -> jax.Array:
-    """A window [size, size, channels], anywhere in the square image `padded`."""
-    count = len(padded) - size + 1
+def window(key: jax.Array, padded: jax.Array) -> jax.Array:
+    """A window [32, 32, channels], anywhere in the square image `padded`."""
+    count = len(padded) - 31
     for axis, start in enumerate(jax.random.randint(key, (2,), 0, count)):
         # Of all windows, rather than by dynamic_slice: of that the compiler for TPU makes a loop over the images.
-        windows = [lax.slice_in_dim(padded, first, first + size, axis=axis) for first in range(count)]
+        windows = [lax.slice_in_dim(padded, first, first + 32, axis=axis) for first in range(count)]
         padded = jnp.select([start == first for first in range(count)], windows)
     return padded
 

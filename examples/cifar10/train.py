@@ -97,18 +97,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
     inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(config.dtype)}
     per_call = config.steps_per_call or (1 if jax.default_backend() == "cpu" else STEPS_PER_CALL)
     counts = [len(part) for part in np.array_split(np.arange(per_epoch), -(-per_epoch // per_call))]  # of every call
-    train_steps, evaluate_step = steps.make_steps(
-        recipe.apply,
-        recipe.optimizer,
-        mesh,
-        batch=config.batch,
-        smoothing=config.smoothing,
-        augment=recipe.augment,
-        after_step=recipe.after_step,
-        view_count=config.views,
-        remat=config.remat,
-        **inputs,
-    )
+    train_steps, evaluate_step = recipe.make_steps(config, mesh, **inputs)
     train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
     test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
 
@@ -118,9 +107,7 @@ def train(config: Config, run: Path, dataset: data.Dataset, mesh: jax.sharding.M
 
     @everywhere
     def start(key):
-        params, state = recipe.init(key)
-        average = recipe.start_average(params, state)
-        return steps.Carry(params, state, recipe.optimizer.init(params), jnp.zeros((), jnp.int32), average), key
+        return recipe.start(*recipe.init(key)), key
 
     @everywhere
     def shuffled(key, epoch):
