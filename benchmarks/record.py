@@ -55,6 +55,7 @@ def main(config: Config, arguments: list[str]) -> None:
         sys.exit(f"error: {path} is there, and a record is never written again. Give another --name.")
     runs = [config.runs / config.name / str(seed) for seed in config.seeds]
     for run, seed in zip(runs, config.seeds, strict=True):
+        belongs_to(run, commit)
         train(run, (*arguments, "--seed", str(seed)))
     config.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text(config, arguments, runs, commit))
@@ -72,11 +73,19 @@ def committed() -> str:
     return git("rev-parse", "--short", "HEAD")
 
 
+def belongs_to(run: Path, commit: str) -> None:
+    """A run is all of one commit, the one that its record names."""
+    path = run / "commit.txt"
+    if path.exists() and (other := path.read_text()) != commit:
+        sys.exit(f"error: {run} is of commit {other}, and this is {commit}; check that out, or move the run.")
+    run.mkdir(parents=True, exist_ok=True)
+    path.write_text(commit)
+
+
 def train(run: Path, arguments: Iterable[str]) -> None:
     """Start the run, or go on with it, and add what it prints to its log."""
     started = (run / "config.json").exists()
     command = [sys.executable, str(TRAIN), *(("--resume", str(run)) if started else ("--run", str(run), *arguments))]
-    run.mkdir(parents=True, exist_ok=True)
     log = run / "log.txt"
     if log.exists() and log.read_text().rstrip().endswith("|"):  # the row at the end
         return

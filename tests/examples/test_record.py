@@ -47,6 +47,14 @@ def test_a_record_is_never_written_again(runs, tmp_path, monkeypatch):
         record.main(config, [])
 
 
+def test_a_run_is_all_of_one_commit(tmp_path):
+    run = tmp_path / "new"
+    record.belongs_to(run, "abc1234")
+    record.belongs_to(run, "abc1234")
+    with pytest.raises(SystemExit, match="is of commit abc1234, and this is def5678"):
+        record.belongs_to(run, "def5678")
+
+
 def test_what_is_not_committed_makes_no_record(monkeypatch):
     answers = {"status": " M jbn/_fold.py", "rev-parse": "abc1234"}
     monkeypatch.setattr(
