@@ -95,7 +95,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
 
     def optimizer(remedy):
         rate = config.bare_rate if remedy == "scale_and_bias" else config.peak_rate
-        return steps.make_optimizer(rate, total, momentum=0.9, weight_decay=5e-4)
+        return model.make_optimizer(rate, total, momentum=0.9, weight_decay=5e-4)
 
     def halved(images):
         height, width, channels = images.shape[-3:]
@@ -104,7 +104,7 @@ def experiment(config: Config, dataset: data.Dataset) -> Callable[[Network, Call
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
     def train(remedy, size, carry, pixels, labels, key):
         keys = jax.random.split(jax.random.fold_in(key, carry.step), config.batch)
-        inputs = halved(jax.vmap(steps.augment)(keys, (pixels - mean) / std))
+        inputs = halved(jax.vmap(model.augment)(keys, (pixels - mean) / std))
         # They open as in the paper, only sooner.
         limits = jbn.renorm_limits(carry.step, start=total // 20, d_end=total // 5, r_end=3 * total // 10)
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar
 
 import convolution
 import model
+import steps
 
 SMOOTHING = 0.1
 console = Console(highlight=False)
@@ -66,7 +67,7 @@ def with_flax(config):
 def with_jbn(config, convolve=convolution.convolve, remat=False, **options):
     apply = partial(model.apply, depth=config.depth, train=True, convolve=convolve, **options)
     if remat:
-        apply = jax.checkpoint(apply, policy=model.REMAT_POLICY)
+        apply = jax.checkpoint(apply, policy=steps.REMAT_POLICY)
     return apply, *model.init(jax.random.key(0), config.depth)
 
 

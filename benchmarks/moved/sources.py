@@ -78,7 +78,7 @@ def trained_resnet(folder: Path | None, size: Any) -> Source:
     )
     params, states = model.init(jax.random.key(settings.seed), DEPTH)
     total = size.epochs * (len(dataset.train_labels) // size.batch)
-    optimizer = steps.make_optimizer(
+    optimizer = model.make_optimizer(
         settings.peak_rate, total, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
     empty = steps.Carry(params, states, optimizer.init(params), jnp.zeros((), jnp.int32))

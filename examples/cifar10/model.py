@@ -1,10 +1,15 @@
-"""The CIFAR ResNet of He et al. 2015 (section 4.2) as plain functions over two pytrees: params and batch-norm state."""
+"""The CIFAR ResNet of He et al. 2015 (section 4.2) as plain functions over two pytrees: params and batch-norm state.
+
+And how it is trained: the optimizer, and what is done to an image.
+"""
 
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
+import steps
 from convolution import convolve
 from jax.ad_checkpoint import checkpoint_name
 
@@ -12,8 +17,6 @@ import jbn
 
 Depth = Literal[8, 14, 20, 32, 44, 56, 110]  # 6 n + 2: three stages of n blocks of two convolutions, a stem and a head
 DEPTHS: tuple[int, ...] = get_args(Depth)
-# For jax.checkpoint: the convolutions' outputs and the measured moments are kept, all else is made again.
-REMAT_POLICY = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
 
 
 def init(
@@ -84,3 +87,22 @@ def apply(
         x = jax.nn.relu(unit(x, f"{name}/conv2", activation=None) + shortcut)
     x = jnp.mean(x, (1, 2), dtype=jnp.float32)
     return x @ params["head"]["kernel"] + params["head"]["bias"], new_state
+
+
+def make_optimizer(peak: float, total: int, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum on a one-cycle schedule; weight decay on the kernels only, not on scale and bias."""
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("kernel"), params)
+
+    schedule = optax.cosine_onecycle_schedule(total, peak, pct_start=0.25)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=kernels), optax.sgd(schedule, momentum=momentum, nesterov=True)
+    )
+
+
+def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array | int = 0) -> jax.Array:
+    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, however often seen."""
+    crop_key, flip_key = jax.random.split(key)
+    crop = steps.window(crop_key, jnp.pad(image, ((4, 4), (4, 4), (0, 0))))
+    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)

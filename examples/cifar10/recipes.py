@@ -54,8 +54,8 @@ def resnet(config: Config, dataset: data.Dataset, total: int) -> Recipe:
         f"ResNet-{config.depth}{'' if config.width == 16 else f', {config.width} wide,'}",
         partial(model.init, depth=config.depth, width=config.width, zero_last_scale=config.zero_last_scale),
         partial(model.apply, depth=config.depth),
-        steps.make_optimizer(config.peak_rate, total, momentum=config.momentum, weight_decay=config.weight_decay),
-        steps.augment,
+        model.make_optimizer(config.peak_rate, total, momentum=config.momentum, weight_decay=config.weight_decay),
+        model.augment,
         after_step,
         lambda params, state: start(params),
     )

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
-from model import REMAT_POLICY
 
 AXIS = "data"
 REPLICATED, SHARDED = PartitionSpec(), PartitionSpec(AXIS)
+# For jax.checkpoint: the convolutions' outputs and the measured moments are kept, all else is made again.
+REMAT_POLICY = jax.checkpoint_policies.save_only_these_names("convolution", "jbn.moments")
 NO_STEP = np.iinfo(np.uint32).max  # of what is drawn once in a training
 
 
@@ -98,18 +99,6 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def make_optimizer(peak: float, steps: int, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum on a one-cycle schedule; weight decay on the kernels only, not on scale and bias."""
-
-    def kernels(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("kernel"), params)
-
-    schedule = optax.cosine_onecycle_schedule(steps, peak, pct_start=0.25)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=kernels), optax.sgd(schedule, momentum=momentum, nesterov=True)
-    )
-
-
 def averaging(decay: float) -> tuple[Callable, Callable]:
     """To start the average of the params and, as `after_step` of `make_steps`, to go on with it."""
     averager = optax.ema(decay)
@@ -128,13 +117,6 @@ def window(key: jax.Array, padded: jax.Array) -> jax.Array:
         windows = [lax.slice_in_dim(padded, first, first + 32, axis=axis) for first in range(count)]
         padded = jnp.select([start == first for first in range(count)], windows)
     return padded
-
-
-def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array | int = 0) -> jax.Array:
-    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, however often seen."""
-    crop_key, flip_key = jax.random.split(key)
-    crop = window(crop_key, jnp.pad(image, ((4, 4), (4, 4), (0, 0))))
-    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
 
 
 def views(images: jax.Array, count: int) -> tuple[jax.Array, np.ndarray]:
@@ -162,7 +144,7 @@ def make_steps(
     std: np.ndarray,
     smoothing: float,
     dtype: jnp.dtype,
-    augment: Callable = augment,
+    augment: Callable,
     after_step: Callable[[Carry], Carry] = lambda carry: carry,
     view_count: int = 1,
     remat: bool = False,

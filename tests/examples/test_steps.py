@@ -35,7 +35,7 @@ def images():
 def trained(small, images):
     """Carry, totals of training and evaluation after two steps, and params after each, on 1 and on 8 devices."""
     pixels, labels, mean, std = images
-    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
+    optimizer = model.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
     params, state = model.init(jax.random.key(0), DEPTH, WIDTH)
     results = {}
     for count in (1, 8):
@@ -50,6 +50,7 @@ def trained(small, images):
             std=std,
             smoothing=0.1,
             dtype=jnp.dtype("float32"),
+            augment=model.augment,
             after_step=AFTER_STEP,
         )
         carry = steps.Carry(params, state, optimizer.init(params), jnp.zeros((), jnp.int32), AVERAGE(params))
@@ -138,7 +139,7 @@ def small_steps(images):
 
 def make_small_steps(images, mesh, **options):
     pixels, labels, mean, std = images
-    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
+    optimizer = model.make_optimizer(0.1, 10, momentum=0.9, weight_decay=5e-4)
 
     def apply(params, state, x, *, train, axis_name=None):
         y = checkpoint_name(jnp.mean(x, (1, 2)) @ params["kernel"] + x[:, 3, 5], "convolution")
@@ -152,7 +153,7 @@ def make_small_steps(images, mesh, **options):
     put = partial(jax.device_put, device=jax.NamedSharding(mesh, steps.REPLICATED))
     rest = steps.place_all(pixels, labels % 3, mesh), put(jnp.arange(43)[::-1]), put(jax.random.key(3))
     carry = put((carry, steps.Totals.zero()))
-    return steps.make_steps(apply, optimizer, mesh, **settings, **options), carry, rest
+    return steps.make_steps(apply, optimizer, mesh, augment=model.augment, **settings, **options), carry, rest
 
 
 def test_a_loop_of_steps_is_the_steps(small_steps):
@@ -224,7 +225,7 @@ def test_a_crop_is_a_window_of_the_padded_image_flipped_or_not():
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (32, 32, 3))[:, :, 0]
     seen = set()
-    for crop in jax.jit(jax.vmap(steps.augment, (0, None)))(jax.random.split(jax.random.key(0), 500), image):
+    for crop in jax.jit(jax.vmap(model.augment, (0, None)))(jax.random.split(jax.random.key(0), 500), image):
         for flipped in (False, True):
             same = np.all(windows == np.asarray(crop[:, ::-1] if flipped else crop), axis=(2, 3, 4))
             seen.update((int(top), int(left), flipped) for top, left in np.argwhere(same))
@@ -240,7 +241,7 @@ def test_channel_statistics(images):
 def test_weight_decay_touches_kernels_only():
     shapes, _ = jax.eval_shape(partial(model.init, depth=DEPTH), jax.random.key(0))
     params = jax.tree.map(lambda _: np.ones(3, np.float32), shapes)
-    optimizer = steps.make_optimizer(0.1, 10, momentum=0.9, weight_decay=0.5)
+    optimizer = model.make_optimizer(0.1, 10, momentum=0.9, weight_decay=0.5)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     moved = {
         jax.tree_util.keystr(path[-1:]) for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(leaf)
