@@ -2,6 +2,7 @@
 
     python benchmarks/record.py --name airbench --target 0.93 -- --network airbench --data FOLDER
     python benchmarks/record.py --name resnet-20 --seeds 0 --target 0.9 -- --epochs 45 --data FOLDER
+    python benchmarks/record.py                  print the table of what is there
 
 Behind -- is what the example is given. A record is the result of each seed, their median, the first step after which
 `target` was reached, and with them date, commit, machine, versions, command and the log of every run. Runs are kept in
@@ -34,8 +35,8 @@ PACKAGES = ("jax", "jaxlib", "numpy", "optax")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str
-    """Of the record."""
+    name: str = ""
+    """Of the record. Without it, print the table of the records that are there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     target: float = 0.94
     """A test accuracy: the step after which it was first reached is shown."""
@@ -49,6 +50,9 @@ class Config:
 
 def main(config: Config, arguments: list[str]) -> None:
     """`arguments` are those of the example, but for --seed and --run."""
+    if not config.name:
+        print("\n".join(table(config.folder)))
+        return
     commit = committed()
     path = config.folder / f"{time.strftime('%Y-%m-%d')}-{config.name}.md"
     if path.exists():
@@ -143,6 +147,24 @@ def text(config: Config, arguments: list[str], runs: list[Path], commit: str) ->
     for seed, log in zip(config.seeds, logs, strict=True):
         lines += [f"## Log of seed {seed}", "", "```", without_run(log).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def table(folder: Path) -> list[str]:
+    """All records of the folder, the best first, as Markdown."""
+    rows = []
+    for path in folder.glob("2*.md"):
+        found = path.read_text()
+        accuracy, seeds, time_taken = re.findall(r"^\*\*(\S+) %\*\* .* of (\d+) seeds?, in (\S+)", found, re.MULTILINE)[
+            0
+        ]
+        network, epochs, machine, versions = re.findall(
+            r"^\| \S+% \| (.+?) on .* \| (\d+ epochs), seed .* \| \S+ \| (.+) \| (jax .+) \|$", found, re.MULTILINE
+        )[0]
+        params = re.findall(r"; (\S+) params; ", found) or ["not kept"]
+        cells = f"[{path.stem}]({path.name})", f"{network}, {epochs}", params[0], f"{accuracy} %", seeds, time_taken
+        rows.append((float(accuracy), " | ".join(("", *cells, machine, versions, "")).strip()))
+    head = "| record | network | parameters | test accuracy, median | seeds | time, median | machine | versions |"
+    return [head, "| --- " * head.count(" | ") + "| --- |", *(row for _, row in sorted(rows, reverse=True))]
 
 
 def without_folder(arguments: Iterable[str]) -> list[str]:

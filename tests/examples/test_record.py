@@ -20,7 +20,8 @@ def runs(tmp_path):
         rows = [{**dict.fromkeys(report.COLUMNS), "epoch": epoch, "seconds": 60.5} for epoch in (1, 2)]
         rows[1]["test_accuracy"] = accuracy
         report.write_metrics(run / "metrics.csv", rows)
-        (run / "log.txt").write_text(f"a network; results in {run}\n| {accuracy:.2%} | a network | 2:01 |\n")
+        row = f"| {accuracy:.2%} | a network on CIFAR-10 | 2 epochs, seed {seed} | 2:01 | a machine | jax 1, Python 3 |"
+        (run / "log.txt").write_text(f"a network; 272,474 params; results in {run}\n{row}\n")
         folders.append(run)
     return folders
 
@@ -32,6 +33,23 @@ def test_a_record_says_what_was_done_and_found(runs):
     assert "| 0 | 94.10 % | 2:01 | not |" in text and "| 1 | 94.50 % | 2:01 | epoch 2 of 2, step 50 |" in text
     assert "--name fast --seeds 0 1 --target 0.942 -- --network airbench --data FOLDER`" in text
     assert "- commit: abc1234" in text and text.count("results in FOLDER") == 2 and "jax " in text
+
+
+def test_the_table_has_the_best_first(runs, tmp_path):
+    for name, seeds in {"one": (0,), "two": (1,), "both": (0, 1)}.items():
+        config = record.Config(name, seeds=seeds)
+        (tmp_path / f"2000-01-01-{name}.md").write_text(record.text(config, [], [runs[seed] for seed in seeds], "abc"))
+    (tmp_path / "index.md").write_text("No record.")
+    head, line, *rows = record.table(tmp_path)
+    assert line.count("---") == head.count(" | ") + 1
+    assert [row.split(" | ")[3] for row in rows] == ["94.50 %", "94.30 %", "94.10 %"]
+    first = "| [2000-01-01-two](2000-01-01-two.md) | a network, 2 epochs | 272,474 | 94.50 % | 1 | 2:01 | "
+    assert rows[0] == first + "a machine | jax 1, Python 3 |"
+
+
+def test_the_page_has_the_table():
+    page = (record.Config.folder / "index.md").read_text()
+    assert "\n".join(record.table(record.Config.folder)) in page  # as `python benchmarks/record.py` prints it
 
 
 def test_a_record_is_never_written_again(runs, tmp_path, monkeypatch):
