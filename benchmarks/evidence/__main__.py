@@ -20,7 +20,18 @@ import images
 import showing
 import tyro
 
-CLAIMS = ("layer", "rates", "initialization", "regularization", "depth", "tuning", "cost", "recurrent", "shift")
+CLAIMS = (
+    "layer",
+    "rates",
+    "initialization",
+    "regularization",
+    "depth",
+    "residual",
+    "tuning",
+    "cost",
+    "recurrent",
+    "shift",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,16 +101,19 @@ class Trained(NamedTuple):
     accuracy: jax.Array  # [networks], on the test images
 
 
-def train(setting: Setting, images, norm, *, depth, width, steps, batch, forward=apply, momentum=0.9) -> Trained:
+def train(
+    setting: Setting, images, norm, *, depth, width, steps, batch, begin=init, forward=apply, momentum=0.9
+) -> Trained:
     """Train a network for each of `setting`, all in one `vmap`, and evaluate each.
 
-    The batches are drawn by the seed: networks of one seed start alike and see the same images.
+    The batches are drawn by the seed: networks of one seed start alike and see the same images. `begin` and `forward`
+    are those of the network, as `init` and `apply` here.
     """
     outputs, masked = int(images.train_labels.max()) + 1, bool(np.any(np.asarray(setting.rows) < batch))
 
     def one(setting, images):
         start, draw = jax.random.split(jax.random.key(setting.seed))
-        params, states = init(start, images.train.shape[1], width, depth, outputs, setting.scale)
+        params, states = begin(start, images.train.shape[-1], width, depth, outputs, setting.scale)
         descend = optax.chain(optax.add_decayed_weights(setting.decay), optax.sgd(setting.rate, momentum=momentum))
 
         def step(carry, key):

@@ -7,16 +7,24 @@ import runpy
 from pathlib import Path
 
 import claim
+import compiling
 import figures
 import images
 import jax
 import networks
 import numpy as np
 import pytest
+import residual
+from jax import lax
 
 ROOT = Path(__file__).parents[2]
 evidence = runpy.run_path(str(ROOT / "benchmarks" / "evidence"), run_name="evidence")
 PAGE = ROOT / "docs" / "evidence.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    compiling.quickly(True)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +60,39 @@ def test_the_network_is_what_it_says():
                 hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
             hidden = np.maximum(hidden, 0)
         np.testing.assert_allclose(logits, hidden @ np.float64(params["head"]["kernel"]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_residual_network_is_what_it_says():
+    """Against NumPy in float64: twice a norm, a relu and a kernel, added to the shortcut; and each branch's share."""
+    x = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
+    for name, norm in residual.NORMS.items():
+        params, states = residual.init(jax.random.key(0), 5, 7, 8, 4, skip=name == "skip")
+        if name == "skip":
+            params["blocks"][0]["factor"] = np.float32([0.5, -1, 2])
+        logits, _, shares = residual.apply(params, states, x, norm, train=True)
+
+        def normalized(x, name=name):
+            return np.maximum((x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) if name == "with" else x, 0)
+
+        hidden, expected = np.float64(x) @ np.float64(params["first"]), []
+        for block in range(3):
+            branch = hidden
+            for kernels in params["blocks"][0]["kernels"]:
+                branch = normalized(branch) @ np.float64(kernels[block])
+            branch *= params["blocks"][0]["factor"][block] if name == "skip" else 1
+            hidden = hidden + branch
+            expected.append(branch.var() / hidden.var())
+        np.testing.assert_allclose(
+            logits, normalized(hidden) @ np.float64(params["head"]["kernel"]), rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(shares, expected, rtol=1e-4)
+
+
+def test_a_product_with_windows_is_the_convolution():
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(2, 6, 5, 3)), random.normal(size=(3, 3, 3, 4))
+    expected = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(residual.linear(x, kernel), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_among_others_is_the_network_alone():
