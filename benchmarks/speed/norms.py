@@ -38,7 +38,7 @@ CHANGES = {
 
 
 def jobs(folder: Path | None, size: changes.Size) -> claim.Jobs:
-    return changes.jobs(CHANGES, folder, size)
+    return changes.jobs(CHANGES, folder, size, recalibrate=True)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

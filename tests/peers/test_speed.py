@@ -4,10 +4,16 @@ import runpy
 from pathlib import Path
 
 import claim
+import compiling
 import pytest
 
 ROOT = Path(__file__).parents[2]
 speed = runpy.run_path(str(ROOT / "benchmarks" / "speed"), run_name="speed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    compiling.quickly(True)
 
 
 @pytest.mark.parametrize("name", ["left_out", "norms"])
