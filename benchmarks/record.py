@@ -154,12 +154,10 @@ def table(folder: Path) -> list[str]:
     rows = []
     for path in folder.glob("2*.md"):
         found = path.read_text()
-        accuracy, seeds, time_taken = re.findall(r"^\*\*(\S+) %\*\* .* of (\d+) seeds?, in (\S+)", found, re.MULTILINE)[
-            0
-        ]
-        network, epochs, machine, versions = re.findall(
-            r"^\| \S+% \| (.+?) on .* \| (\d+ epochs), seed .* \| \S+ \| (.+) \| (jax .+) \|$", found, re.MULTILINE
-        )[0]
+        summary = r"^\*\*(\S+) %\*\* .* of (\d+) seeds?, in (\S+)"
+        row = r"^\| \S+% \| (.+?) on .* \| (\d+ epochs), seed .* \| \S+ \| (.+) \| (jax .+) \|$"
+        accuracy, seeds, time_taken = re.findall(summary, found, re.MULTILINE)[0]
+        network, epochs, machine, versions = re.findall(row, found, re.MULTILINE)[0]
         params = re.findall(r"; (\S+) params; ", found) or ["not kept"]
         cells = f"[{path.stem}]({path.name})", f"{network}, {epochs}", params[0], f"{accuracy} %", seeds, time_taken
         rows.append((float(accuracy), " | ".join(("", *cells, machine, versions, "")).strip()))
