@@ -13,16 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def moved_alone(key, image, times_seen):
-    return airbench_augment(key, image, jnp.zeros_like(times_seen))
+def moved_alone(key, image, times_seen, **options):
+    return airbench_augment(key, image, jnp.zeros_like(times_seen), **options)
 
 
-def flipped_by_chance(key, image, times_seen):
-    return airbench_augment(key, image, jax.random.bernoulli(jax.random.fold_in(key, 1)).astype(jnp.int32))
-
-
-def flipped_alone(key, image, times_seen):
-    return jnp.where(times_seen % 2 == 1, image[:, ::-1], image)
+def flipped_by_chance(key, image, times_seen, **options):
+    flipped = jax.random.bernoulli(jax.random.fold_in(key, 1)).astype(jnp.int32)
+    return airbench_augment(key, image, flipped, **options)
 
 
 def not_whitening(pixels, mean, std):
@@ -50,7 +47,7 @@ CHANGES = {
     "lookahead": changes.Change("no lookahead", {"lookahead": lambda carry, total: carry}),
     "turns": changes.Change("flips by chance for flips in turn", {"augment": flipped_by_chance}),
     "flips": changes.Change("no flips", {"augment": moved_alone}),
-    "moves": changes.Change("no moves by up to 2 pixels", {"augment": flipped_alone}),
+    "moves": changes.Change("no moves by up to 2 pixels", options={"moves": 0}),
     "smoothing": changes.Change("no label smoothing", options={"smoothing": 0.0}),
     "bfloat16": changes.Change("all in float32", options={"dtype": "float32"}),
 }

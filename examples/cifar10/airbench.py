@@ -133,13 +133,13 @@ def make_optimizer(peak: float, total: int, *, momentum: float, weight_decay: fl
     return optax.partition({"kernel": sgd(1), "bias": sgd(BIAS_RATE), "fixed": optax.set_to_zero()}, kinds)
 
 
-def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array) -> jax.Array:
-    """`image` [32, 32, 3] moved by up to 2 pixels, its mirror image at the edges, and flipped every second time.
+def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array, *, moves: int = 2, cutout: int = 0) -> jax.Array:
+    """`image` [32, 32, 3] moved by up to so many pixels, its mirror image at the edges, and flipped every second time.
 
-    Of two passes each image is flipped in exactly one.
+    Of two passes each image is flipped in exactly one. Then `steps.cut_out` of `cutout`.
     """
-    moved = jnp.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    moved = steps.window(key, moved)
+    moved = jnp.pad(image, ((moves, moves), (moves, moves), (0, 0)), mode="reflect")
+    moved = steps.cut_out(jax.random.fold_in(key, 2), steps.window(key, moved), cutout)
     return jnp.where(times_seen % 2 == 1, moved[:, ::-1], moved)
 
 

@@ -23,6 +23,7 @@ NETWORKS: dict[Network, dict[str, Any]] = {
         "peak_rate": 1.5,
         "momentum": 0.85,
         "weight_decay": 0.0013,
+        "moves": 2,
         "smoothing": 0.2,
         "dtype": "bfloat16",
         "evaluate_every": 20,
@@ -82,6 +83,10 @@ class Config:
     """On the kernels, not on scale and bias."""
     smoothing: float = 0.1
     """Label smoothing."""
+    moves: int = 4
+    """Pixels by which training images are moved, at most, up to 31."""
+    cutout: int = 0
+    """Side of a square of pixels that training images lose."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the network computes in. Params and statistics are float32."""
     remat: bool = False
@@ -154,6 +159,10 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1.")
+    for name in ("moves", "cutout"):
+        value = getattr(config, name)
+        if not 0 <= value < 32:
+            raise ValueError(f"{name} is {value}; expected pixels of an image of 32, from 0 to 31.")
     if not 0 <= config.ema < 1:
         raise ValueError(f"ema is {config.ema}; expected a decay in [0, 1), such as 0.99.")
     if config.network != "resnet":

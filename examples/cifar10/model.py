@@ -101,8 +101,14 @@ def make_optimizer(peak: float, total: int, *, momentum: float, weight_decay: fl
     )
 
 
-def augment(key: jax.Array, image: jax.Array, times_seen: jax.Array | int = 0) -> jax.Array:
-    """A random crop of `image` [32, 32, 3] padded by 4 on every side, flipped half of the time, however often seen."""
+def augment(
+    key: jax.Array, image: jax.Array, times_seen: jax.Array | int = 0, *, moves: int = 4, cutout: int = 0
+) -> jax.Array:
+    """A random crop of `image` [32, 32, 3] padded on every side, flipped half of the time, however often seen.
+
+    Padded by `moves`; then `steps.cut_out` of `cutout`.
+    """
     crop_key, flip_key = jax.random.split(key)
-    crop = steps.window(crop_key, jnp.pad(image, ((4, 4), (4, 4), (0, 0))))
+    crop = steps.window(crop_key, jnp.pad(image, ((moves, moves), (moves, moves), (0, 0))))
+    crop = steps.cut_out(jax.random.fold_in(key, 2), crop, cutout)
     return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)

@@ -55,7 +55,7 @@ def resnet(config: Config, dataset: data.Dataset, total: int) -> Recipe:
         partial(model.init, depth=config.depth, width=config.width, zero_last_scale=config.zero_last_scale),
         partial(model.apply, depth=config.depth),
         model.make_optimizer(config.peak_rate, total, momentum=config.momentum, weight_decay=config.weight_decay),
-        model.augment,
+        partial(model.augment, moves=config.moves, cutout=config.cutout),
         after_step,
         lambda params, state: start(params),
     )
@@ -68,7 +68,7 @@ def speed(config: Config, dataset: data.Dataset, total: int) -> Recipe:
         partial(airbench.init, kernel=kernel, width=config.width),
         airbench.apply,
         airbench.make_optimizer(config.peak_rate, total, momentum=config.momentum, weight_decay=config.weight_decay),
-        airbench.augment,
+        partial(airbench.augment, moves=config.moves, cutout=config.cutout),
         partial(airbench.lookahead, total=total),
         lambda params, state: (params, state),
     )

@@ -119,6 +119,18 @@ def window(key: jax.Array, padded: jax.Array) -> jax.Array:
     return padded
 
 
+def cut_out(key: jax.Array, image: jax.Array, side: int) -> jax.Array:
+    """`image` [32, 32, channels] with 0 in a square of `side` pixels around any pixel, in part outside near the edges.
+
+    DeVries & Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout".
+    """
+    if side == 0:
+        return image
+    offsets = [jnp.arange(32) - middle + side // 2 for middle in jax.random.randint(key, (2,), 0, 32)]
+    rows, columns = ((offset >= 0) & (offset < side) for offset in offsets)
+    return jnp.where((rows[:, None] & columns)[..., None], 0, image)
+
+
 def views(images: jax.Array, count: int) -> tuple[jax.Array, np.ndarray]:
     """Views [count, batch, 32, 32, 3] of the same images and the weights [count] of their logits.
 

@@ -5,6 +5,7 @@ from functools import partial
 import airbench
 import jax
 import jax.numpy as jnp
+import model
 import numpy as np
 import optax
 import pytest
@@ -61,6 +62,25 @@ def test_an_image_is_flipped_in_every_second_pass_and_moved_by_two_pixels():
             same = np.all(windows == (made[:, ::-1] if times_seen % 2 else made), axis=(2, 3, 4))
             seen.update(map(tuple, np.argwhere(same)))
         assert len(seen) == 25
+
+
+@pytest.mark.parametrize("augment", [airbench.augment, model.augment])
+def test_images_move_as_far_as_asked_and_lose_a_square(augment):
+    """Around any pixel, 4 of its side of 4 rows and columns or fewer, at the edges."""
+    image = jnp.arange(1.0, 32 * 32 * 3 + 1).reshape(32, 32, 3)
+    keys = jax.random.split(jax.random.key(0), 500)
+    moved = jax.jit(jax.vmap(partial(augment, image=image, times_seen=0, moves=1)))(keys)
+    assert len(np.unique(moved, axis=0)) == 9 * (1 if augment is airbench.augment else 2)
+    whole = jax.jit(jax.vmap(partial(augment, image=image, times_seen=0, moves=0)))(keys)
+    cut = np.asarray(jax.jit(jax.vmap(partial(augment, image=image, times_seen=0, moves=0, cutout=4)))(keys))
+    lost = (cut == 0).all(-1)
+    np.testing.assert_array_equal(cut, np.where(lost[..., None], 0, whole))
+    rows, columns = lost.any(2), lost.any(1)
+    np.testing.assert_array_equal(lost, rows[:, :, None] & columns[:, None])
+    for span in (rows, columns):
+        first, count = span.argmax(1), span.sum(1)
+        assert set(count) == {2, 3, 4} and (np.diff(span.astype(int), prepend=0) == 1).sum() == 500
+        assert len(set(first)) > 25 and ((count == 4) | (first == 0) | (first + count == 32)).all()
 
 
 def test_steps_of_the_optimizer(network):

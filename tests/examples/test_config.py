@@ -77,6 +77,8 @@ def test_a_run_from_before_these_options_goes_on(tmp_path):
         ({"width": 0}, "width is 0; expected at least 1"),
         ({"steps_per_call": 0}, "steps_per_call is 0; expected at least 1"),
         ({"network": "airbench", "depth": 56}, "depth is 56, which goes with --network resnet alone"),
+        ({"moves": 32}, "moves is 32; expected pixels of an image of 32, from 0 to 31"),
+        ({"cutout": -1}, "cutout is -1; expected pixels of an image of 32, from 0 to 31"),
         ({"network": "airbench", "ema": 0.9}, "ema is 0.9, which goes with --network resnet alone"),
     ],
 )
