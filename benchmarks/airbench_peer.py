@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,19 +69,13 @@ class Config:
     """Where all that was measured goes, as JSON."""
 
 
-def flax_norm(x, params, state, *, train, decay, epsilon, axis_name, activation):
-    """Flax's BatchNorm with the arguments of `jbn.batch_norm`; the weight of the state stays what it is."""
-    from flax import linen
+def norm_of(side: str) -> Callable:
+    """The norm of a side of JAX's, imported before anything is compiled: jax compiles all again after Flax's import."""
+    if side == "jbn":
+        return jbn.batch_norm
+    import flax_norm
 
-    layer = linen.BatchNorm(
-        not train, momentum=decay, epsilon=epsilon, dtype=x.dtype, use_scale=False, axis_name=axis_name
-    )
-    variables = {"params": {"bias": params.bias}, "batch_stats": {"mean": state.mean, "var": state.var}}
-    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
-    return activation(y), state._replace(**updated["batch_stats"])  # pyright: ignore[reportIndexIssue]
-
-
-NORMS = {"jbn": jbn.batch_norm, "flax": flax_norm}
+    return flax_norm.batch_norm
 
 
 class Training(Protocol):
@@ -103,24 +98,22 @@ class Training(Protocol):
 
 
 class JaxTraining:
-    """The example, with one of NORMS."""
+    """The example, with the norm of `norm_of`."""
 
-    def __init__(self, norm: str, dataset: data.Dataset, settings: example.Config):
+    def __init__(self, side: str, dataset: data.Dataset, settings: example.Config):
         self.dataset, self.batch = dataset, settings.batch
         count = len(dataset.train_labels)
         recipe = recipes.make(settings, dataset, settings.epochs * (count // self.batch))
-        recipe = recipe._replace(apply=partial(recipe.apply, normalize=NORMS[norm]))
+        recipe = recipe._replace(apply=partial(recipe.apply, normalize=norm_of(side)))
         mean, std = steps.channel_statistics(dataset.train_images)
         mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(settings.dtype)}
-        train, self.evaluate_step = recipe.make_steps(settings, mesh, **inputs)
+        self.train_step, self.evaluate_step = recipe.make_steps(settings, mesh, **inputs)
         self.train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
         self.test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
         everywhere = partial(jax.jit, out_shardings=jax.NamedSharding(mesh, steps.REPLICATED))
         self.zero = everywhere(steps.Totals.zero)
 
-        self.train: Any = train
-        self.compiled: Any = None
         self.init, self.everywhere, self.carry_of = recipe.init, everywhere, everywhere(recipe.start)
         self.shuffled = everywhere(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), count))
 
@@ -137,10 +130,7 @@ class JaxTraining:
         return [order] * (len(self.dataset.train_labels) // self.batch)
 
     def step(self, given: jax.Array) -> float:
-        arguments = self.carry, self.zero(), self.train_set, given, self.key
-        if self.compiled is None:  # ahead of time, or Flax's is compiled in the second step too
-            self.compiled = self.train.lower(*arguments, 1).compile()
-        self.carry, totals = self.compiled(*arguments)
+        self.carry, totals = self.train_step(self.carry, self.zero(), self.train_set, given, self.key, 1)
         jax.block_until_ready(self.carry)
         return float(totals.loss) / self.batch
 

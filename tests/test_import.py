@@ -30,6 +30,21 @@ def test_nothing_but_jax():
     assert loaded("") == set()
 
 
+def test_what_is_compiled_stays_compiled():
+    """An import that adds to jax's settings, as that of jax.extend does, has everything compiled once more."""
+    program = """
+import jax
+compiled = jax.jit(lambda x: 2 * x)
+compiled(1.0)
+import jbn.convert, jbn.presets, jbn.streams
+params, state = jbn.init(2)
+jax.jit(lambda x: jbn.batch_norm(x, params, state, train=True))(jax.numpy.ones((4, 2)))
+compiled(1.0)
+print(compiled._cache_size())
+"""
+    assert run(program) == "1\n"
+
+
 def test_what_is_loaded_is_found(tmp_path):
     for name in OPTIONAL:
         (tmp_path / f"{name}.py").touch()

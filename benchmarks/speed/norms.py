@@ -1,14 +1,15 @@
 """What of it is the norm: others, or none, in the place of jbn's."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import changes
 import claim
 import figures
+import flax_norm
 import matplotlib.pyplot as plt
 import numpy as np
-from airbench_peer import flax_norm
 
 import jbn
 
@@ -20,14 +21,13 @@ def scale_and_bias(x, params, state, *, activation, **_):
     return activation(x + params.bias.astype(x.dtype)), state
 
 
-def renorm(x, params, state, **options):
-    return jbn.batch_renorm(x, params, state, **options)
-
-
 CHANGES = {
     "jbn.batch_norm": changes.Change("the recipe"),
-    "Flax's": changes.Change("linen.BatchNorm and the activation behind", normalize=flax_norm),
-    "jbn.batch_renorm": changes.Change("within r 3, d 5", normalize=renorm),
+    "Flax's": changes.Change("linen.BatchNorm and the activation behind", normalize=flax_norm.batch_norm),
+    "jbn.batch_renorm": changes.Change("within r 3, d 5", normalize=jbn.batch_renorm),
+    "jbn.batch_renorm, narrow": changes.Change(
+        "within r 1.5, d 0.5", normalize=partial(jbn.batch_renorm, r_max=1.5, d_max=0.5)
+    ),
     **{
         f"none, rate {rate}": changes.Change(
             f"biases alone, peak rate {rate} for 1.5", options={"peak_rate": rate}, normalize=scale_and_bias
@@ -57,8 +57,8 @@ def tell(found: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     accuracy, again, seconds = (changes.of(found, value) for value in ("accuracy", "recalibrated", "seconds"))
-    for name, each in accuracy.items():
-        change = CHANGES[name]
+    for name in (each for each in CHANGES if each in accuracy):
+        change, each = CHANGES[name], accuracy[name]
         recalibrated = "-" if change.normalize is scale_and_bias else claim.spread(again[name], "{:.2f}")
         ratio = np.median(seconds[name]) / np.median(seconds["jbn.batch_norm"])
         lines.append(f"| {name} | {change.says} | {claim.spread(each, '{:.2f}')} | {recalibrated} | {ratio:.2f} |")

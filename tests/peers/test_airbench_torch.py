@@ -4,6 +4,7 @@ from functools import partial
 
 import airbench
 import airbench_peer
+import flax_norm
 import compiling
 import config
 import data
@@ -91,5 +92,5 @@ def test_flax_norm(train):
     state = jbn.State(jnp.full(3, 0.1), jnp.full(3, 2.0), jnp.ones(3))
     options = {"train": train, "decay": airbench.DECAY, "epsilon": airbench.EPSILON, "activation": jax.nn.gelu}
     y, after = jbn.batch_norm(x, params, state, unbiased=False, **options)
-    peer_y, peer_after = airbench_peer.flax_norm(x, params, state, axis_name=None, **options)
+    peer_y, peer_after = flax_norm.batch_norm(x, params, state, axis_name=None, **options)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), (y, after), (peer_y, peer_after))
