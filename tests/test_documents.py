@@ -197,7 +197,17 @@ def bench(*arguments):
 
 def test_benchmarks_are_listed_and_reached_by_name():
     listed = {line.split()[0] for line in bench().stdout.splitlines()}
-    parts = {"competitors", "example", "figures", "flax_norm", "flax_resnet", "hlo", "remedies", "resnet50", "six_layers"}
+    parts = {
+        "competitors",
+        "example",
+        "figures",
+        "flax_norm",
+        "flax_resnet",
+        "hlo",
+        "remedies",
+        "resnet50",
+        "six_layers",
+    }
     parts |= {"torch_airbench", "training"}
     files = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
     assert listed == (files - parts - {"small_batch_record"}) | {"evidence", "moved", "speed"}

@@ -67,10 +67,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def spread(values, form: str = "{:.1f}") -> str:
-    """Mean and range over the seeds."""
+    """Mean and range over the seeds, if there are several."""
     values = np.asarray(values, np.float64)
     if not np.isfinite(values).all():
         return f"{np.isnan(values).sum()} of {values.size} diverged"
+    if values.size == 1:
+        return form.format(values.item())
     low, middle, high = (form.format(value) for value in (values.min(), values.mean(), values.max()))
     return f"{middle} ({low} to {high})"
 

@@ -2,6 +2,7 @@
 
     python benchmarks/speed --data FOLDER                    all; stopped, it goes on where it was
     python benchmarks/speed --claims norms --data FOLDER     one of: left_out, norms
+    python benchmarks/speed --pages --data FOLDER            and write the tables into docs/speed.md
     python benchmarks/speed --markdown                       print the tables of what was found
 
 FOLDER holds CIFAR-10 in the official binary layout; without it the embedded shapes take its place.
@@ -32,11 +33,14 @@ class Config:
     """In seconds, to see that it runs."""
     markdown: bool = False
     """Compute nothing; print the tables of what `folder` holds."""
+    pages: bool = False
+    """Write the tables into docs/speed.md."""
 
 
 def main(config: Config) -> None:
     size = changes.TINY if config.tiny else changes.FULL
-    showing.show(config, size, lambda: [changes.dataset(config.data, size).name])
+    pages = [ROOT / "docs" / "speed.md"] if config.pages else ()
+    showing.show(config, size, lambda: [changes.dataset(config.data, size).name], pages)
 
 
 if __name__ == "__main__":

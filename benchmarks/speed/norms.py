@@ -9,7 +9,6 @@ import claim
 import figures
 import flax_norm
 import matplotlib.pyplot as plt
-import numpy as np
 
 import jbn
 
@@ -53,13 +52,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def tell(found: dict[str, Any]) -> list[str]:
     lines = [
-        "| norm | that is | test accuracy, % | with recalibrated statistics | time of jbn's |",
-        "| --- | --- | --- | --- | --- |",
+        "| norm | that is | test accuracy, % | with recalibrated statistics |",
+        "| --- | --- | --- | --- |",
     ]
-    accuracy, again, seconds = (changes.of(found, value) for value in ("accuracy", "recalibrated", "seconds"))
+    accuracy, again = (changes.of(found, value) for value in ("accuracy", "recalibrated"))
     for name in (each for each in CHANGES if each in accuracy):
         change, each = CHANGES[name], accuracy[name]
         recalibrated = "-" if change.normalize is scale_and_bias else claim.spread(again[name], "{:.2f}")
-        ratio = np.median(seconds[name]) / np.median(seconds["jbn.batch_norm"])
-        lines.append(f"| {name} | {change.says} | {claim.spread(each, '{:.2f}')} | {recalibrated} | {ratio:.2f} |")
+        lines.append(f"| {name} | {change.says} | {claim.spread(each, '{:.2f}')} | {recalibrated} |")
     return lines

@@ -4,10 +4,10 @@ from functools import partial
 
 import airbench
 import airbench_peer
-import flax_norm
 import compiling
 import config
 import data
+import flax_norm
 import jax
 import jax.numpy as jnp
 import numpy as np

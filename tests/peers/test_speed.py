@@ -1,5 +1,7 @@
 """What of the recipe for speed matters, tiny: it is computed, kept, drawn and told; all changes can be trained."""
 
+import importlib
+import json
 import runpy
 from pathlib import Path
 
@@ -27,3 +29,15 @@ def test_tiny(name, tmp_path, capsys):
     assert jobs and all(f"{name}: {job}," in told for job in jobs)
     speed["main"](config)  # as after an interruption
     assert f"{name}: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["left_out", "norms"])
+def test_the_page_holds_the_tables_of_the_record(name):
+    """What the page says is what `--markdown` prints, and `--pages` writes."""
+    path, page = ROOT / "docs" / "speed" / f"{name}.json", (ROOT / "docs" / "speed.md").read_text()
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    assert page.split(start)[1].split(end)[0].strip().splitlines() == importlib.import_module(name).tell(
+        claim.read(path)
+    )
+    assert json.loads(path.read_text())["facts"]["size"] == importlib.import_module("changes").FULL._asdict()
+    assert f"](speed/{name}.png)" in page
