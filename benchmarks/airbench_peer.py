@@ -2,6 +2,7 @@
 
     python benchmarks/airbench_peer.py --data FOLDER --torch PYTHON      PYTHON is one that has PyTorch
     python benchmarks/airbench_peer.py --data FOLDER --seeds 0 --sides jbn flax --out FILE.json
+    python benchmarks/airbench_peer.py --markdown --out FILE.json        print the table of what was found
 
 Each side is a process of its own, on all cores of the CPU. They take turns, an epoch each, in an order that rotates.
 Prints the accuracy on 6 views of the test images, the time as a ratio, and the most memory that each process held, with
@@ -27,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar10"))
 
@@ -67,6 +67,8 @@ class Config:
     """Compile the network in PyTorch."""
     out: Path | None = None
     """Where all that was measured goes, as JSON."""
+    markdown: bool = False
+    """Train nothing; print the table of what `out` holds."""
 
 
 def norm_of(side: str) -> Callable:
@@ -277,12 +279,11 @@ def seconds_of(run: dict) -> tuple[float, float]:
     return sum(every), sum(every[1:])
 
 
-def table_of(found: dict[str, list[dict]], title: str) -> Table:
-    """A row a side; the ratio is of seconds without the first step, of all seeds together."""
+def table_of(found: dict[str, list[dict]]) -> list[str]:
+    """Lines of Markdown, a row a side; the ratio is of seconds without the first step, of all seeds together."""
     seeds = [f"seed {run['seed']}" for run in next(iter(found.values()))]
-    table = Table(
-        "side", *seeds, "median", "seconds", "without 1st step", f"of {BASE}", "evaluation", "MiB", title=title
-    )
+    names = ["side", *seeds, "median", "seconds", "without first step", f"of {BASE}", "evaluation", "MiB"]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
     rest = {side: sum(seconds_of(run)[1] for run in runs) for side, runs in found.items()}
     for side, runs in found.items():
         accuracies = [run["test"]["accuracy"] for run in runs]
@@ -291,11 +292,17 @@ def table_of(found: dict[str, list[dict]], title: str) -> Table:
         evaluation = np.median([run["test"]["seconds"] for run in runs])
         mebibytes = max(run["test"]["MiB"] for run in runs)
         cells = (total, without, ratio, f"{evaluation:.1f}", f"{mebibytes:.0f}")
-        table.add_row(side, *(f"{value:.2%}" for value in (*accuracies, np.median(accuracies))), *cells)
-    return table
+        percent = (f"{100 * value:.2f} %" for value in (*accuracies, np.median(accuracies)))
+        lines.append(f"| {' | '.join((side, *percent, *cells))} |")
+    return lines
 
 
 def main(config: Config) -> None:
+    if config.markdown:
+        if config.out is None:
+            sys.exit("error: --markdown prints the table of --out FILE.json, which was not given.")
+        print(*table_of(json.loads(config.out.read_text())["found"]), sep="\n")
+        return
     dataset = dataset_of(config)
     workers = [Worker(side, config) for side in config.sides]
     hardware = report.hardware()
@@ -307,11 +314,11 @@ def main(config: Config) -> None:
     for worker in workers:
         worker.end()
     count = len(dataset.train_labels)
-    title = f"airbench, {config.width} wide, {count:,} images, {config.epochs} epochs, {config.dtype}"
-    report.console.print(table_of(found, title))
+    report.console.print(f"airbench, {config.width} wide, {count:,} images, {config.epochs} epochs, {config.dtype}")
+    report.console.print(*table_of(found), sep="\n")
     if config.out is not None:
         settings = json.loads(to_json(config))
-        for name in ("data", "torch", "out"):  # the data counts, not where it lies
+        for name in ("data", "torch", "out", "markdown"):  # the data counts, not where it lies
             del settings[name]
         facts = {"dataset": dataset.name, "hardware": hardware, "packages": packages}
         record = {"config": settings, **facts, "found": found}

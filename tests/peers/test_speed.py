@@ -5,6 +5,7 @@ import json
 import runpy
 from pathlib import Path
 
+import airbench_peer
 import claim
 import compiling
 import pytest
@@ -41,3 +42,9 @@ def test_the_page_holds_the_tables_of_the_record(name):
     )
     assert json.loads(path.read_text())["facts"]["size"] == importlib.import_module("changes").FULL._asdict()
     assert f"](speed/{name}.png)" in page
+
+
+def test_the_page_holds_the_table_of_the_peers():
+    """What it says is what `airbench_peer.py --markdown` prints."""
+    record = json.loads((ROOT / "docs" / "airbench_peer.json").read_text())
+    assert "\n".join(airbench_peer.table_of(record["found"])) in (ROOT / "docs" / "speed.md").read_text()
