@@ -19,26 +19,21 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "cifar10"))
 
 import airbench
 import config as example
 import data
-import recipes
+import jax_airbench
 import report
-import steps
-
-import jbn
+import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "torch"
@@ -71,15 +66,6 @@ class Config:
     """Train nothing; print the table of what `out` holds."""
 
 
-def norm_of(side: str) -> Callable:
-    """The norm of a side of JAX's, imported before anything is compiled: jax compiles all again after Flax's import."""
-    if side == "jbn":
-        return jbn.batch_norm
-    import flax_norm
-
-    return flax_norm.batch_norm
-
-
 class Training(Protocol):
     """One side: `start`, then for each epoch `draw` and its steps, then `evaluate`; and again."""
 
@@ -99,61 +85,22 @@ class Training(Protocol):
         ...
 
 
-class JaxTraining:
-    """The example, with the norm of `norm_of`."""
-
-    def __init__(self, side: str, dataset: data.Dataset, settings: example.Config):
-        self.dataset, self.batch = dataset, settings.batch
-        count = len(dataset.train_labels)
-        recipe = recipes.make(settings, dataset, settings.epochs * (count // self.batch))
-        recipe = recipe._replace(apply=partial(recipe.apply, normalize=norm_of(side)))
-        mean, std = steps.channel_statistics(dataset.train_images)
-        mesh = jax.make_mesh((1,), (steps.AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-        inputs = {"mean": mean, "std": std, "dtype": jnp.dtype(settings.dtype)}
-        self.train_step, self.evaluate_step = recipe.make_steps(settings, mesh, **inputs)
-        self.train_set = steps.place_all(dataset.train_images, dataset.train_labels, mesh)
-        self.test_set = steps.place_all(dataset.test_images, dataset.test_labels, mesh)
-        everywhere = partial(jax.jit, out_shardings=jax.NamedSharding(mesh, steps.REPLICATED))
-        self.zero = everywhere(steps.Totals.zero)
-
-        self.init, self.everywhere, self.carry_of = recipe.init, everywhere, everywhere(recipe.start)
-        self.shuffled = everywhere(lambda key, epoch: jax.random.permutation(jax.random.fold_in(key, epoch), count))
-
-    def start(self, seed: int) -> None:
-        self.key = self.everywhere(lambda: jax.random.key(seed))()
-        self.begin(*self.init(self.key))
-
-    def begin(self, params: dict, state: dict) -> None:
-        """Start from params and state of airbench.py."""
-        self.carry = self.carry_of(params, state)
-
-    def draw(self, epoch: int) -> list[jax.Array]:
-        order = jax.block_until_ready(self.shuffled(self.key, epoch + 1))  # train.py counts from 1
-        return [order] * (len(self.dataset.train_labels) // self.batch)
-
-    def step(self, given: jax.Array) -> float:
-        self.carry, totals = self.train_step(self.carry, self.zero(), self.train_set, given, self.key, 1)
-        jax.block_until_ready(self.carry)
-        return float(totals.loss) / self.batch
-
-    def evaluate(self) -> tuple[float, float]:
-        totals, count = self.zero(), len(self.dataset.test_labels)
-        for first in range(0, count, self.batch):
-            totals = self.evaluate_step(self.carry, totals, self.test_set, first, count)
-        means = totals.means("test")
-        return means["test_accuracy"], means["test_loss"]
-
-
 def training_of(side: str, config: Config) -> Training:
     """What `side` trains with, on the data of `config`."""
     dataset = dataset_of(config)
     own = {name: getattr(config, name) for name in ("epochs", "batch", "width", "dtype")}
     settings = example.Config(**example.defaults("airbench", "paper") | own)
-    if side == "torch":
-        import torch_airbench
+    match side:
+        case "torch":
+            import torch_airbench
 
-        return torch_airbench.Training(dataset, settings, compiled=config.compile)
-    return JaxTraining(side, dataset, settings)
+            return torch_airbench.Training(dataset, settings, compiled=config.compile)
+        case "flax":
+            import flax_norm  # before anything is compiled: jax 0.12 would compile it again
+
+            return jax_airbench.Training(dataset, settings, normalize=flax_norm.batch_norm)
+        case _:
+            return jax_airbench.Training(dataset, settings)
 
 
 def dataset_of(config: Config) -> data.Dataset:
@@ -279,11 +226,13 @@ def seconds_of(run: dict) -> tuple[float, float]:
     return sum(every), sum(every[1:])
 
 
-def table_of(found: dict[str, list[dict]]) -> list[str]:
-    """Lines of Markdown, a row a side; the ratio is of seconds without the first step, of all seeds together."""
+def table_of(record: dict) -> Table:
+    """A row a side; the ratio is of seconds without the first step, of all seeds together."""
+    config, found = record["config"], record["found"]
+    title = f"airbench, {config['width']} wide, {config['epochs']} epochs, {config['dtype']}"
     seeds = [f"seed {run['seed']}" for run in next(iter(found.values()))]
-    names = ["side", *seeds, "median", "seconds", "without first step", f"of {BASE}", "evaluation", "MiB"]
-    lines = [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
+    columns = "median", "seconds", "without first step", f"of {BASE}", "evaluation", "MiB"
+    table = Table("side", *seeds, *columns, title=title)
     rest = {side: sum(seconds_of(run)[1] for run in runs) for side, runs in found.items()}
     for side, runs in found.items():
         accuracies = [run["test"]["accuracy"] for run in runs]
@@ -293,15 +242,15 @@ def table_of(found: dict[str, list[dict]]) -> list[str]:
         mebibytes = max(run["test"]["MiB"] for run in runs)
         cells = (total, without, ratio, f"{evaluation:.1f}", f"{mebibytes:.0f}")
         percent = (f"{100 * value:.2f} %" for value in (*accuracies, np.median(accuracies)))
-        lines.append(f"| {' | '.join((side, *percent, *cells))} |")
-    return lines
+        table.add_row(side, *percent, *cells)
+    return table
 
 
 def main(config: Config) -> None:
     if config.markdown:
         if config.out is None:
             sys.exit("error: --markdown prints the table of --out FILE.json, which was not given.")
-        print(*table_of(json.loads(config.out.read_text())["found"]), sep="\n")
+        print(tables.markdown(table_of(json.loads(config.out.read_text()))))
         return
     dataset = dataset_of(config)
     workers = [Worker(side, config) for side in config.sides]
@@ -313,15 +262,13 @@ def main(config: Config) -> None:
     found = measure(config, workers)
     for worker in workers:
         worker.end()
-    count = len(dataset.train_labels)
-    report.console.print(f"airbench, {config.width} wide, {count:,} images, {config.epochs} epochs, {config.dtype}")
-    report.console.print(*table_of(found), sep="\n")
+    settings = json.loads(to_json(config))
+    for name in ("data", "torch", "out", "markdown"):  # the data counts, not where it lies
+        del settings[name]
+    facts = {"dataset": dataset.name, "hardware": hardware, "packages": packages}
+    record = {"config": settings, **facts, "found": found}
+    report.console.print(table_of(record))
     if config.out is not None:
-        settings = json.loads(to_json(config))
-        for name in ("data", "torch", "out", "markdown"):  # the data counts, not where it lies
-            del settings[name]
-        facts = {"dataset": dataset.name, "hardware": hardware, "packages": packages}
-        record = {"config": settings, **facts, "found": found}
         config.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 import resnet50
 import six_layers
+import tables
 import tyro
 from jax.experimental import topologies
 from rich.console import Console
@@ -260,19 +261,13 @@ def message(features: int = 2048) -> Table:
     return found
 
 
-def markdown(table: Table) -> str:
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    lines = [[str(column.header) for column in table.columns], ["---"] * len(table.columns), *rows]
-    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(map(str, line))} |" for line in lines), ""])
-
-
 def main(config: Config) -> None:
     if not config.markdown:
         measure_all(config)
     steps = load(config)
     for each in [*(table(name, config.targets, steps) for name in config.networks), message()]:
         if config.markdown:
-            print(markdown(each))
+            print(tables.markdown(each))
         else:
             console.print(each)
 

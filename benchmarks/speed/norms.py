@@ -56,8 +56,9 @@ def tell(found: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     accuracy, again = (changes.of(found, value) for value in ("accuracy", "recalibrated"))
-    for name in (each for each in CHANGES if each in accuracy):
-        change, each = CHANGES[name], accuracy[name]
+    for name, change in CHANGES.items():
+        if name not in accuracy:
+            continue
         recalibrated = "-" if change.normalize is scale_and_bias else claim.spread(again[name], "{:.2f}")
-        lines.append(f"| {name} | {change.says} | {claim.spread(each, '{:.2f}')} | {recalibrated} |")
+        lines.append(f"| {name} | {change.says} | {claim.spread(accuracy[name], '{:.2f}')} | {recalibrated} |")
     return lines

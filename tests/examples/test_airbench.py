@@ -1,14 +1,18 @@
 """The network for speed: what it starts from and how it is trained. tests/peers has PyTorch's steps."""
 
+import dataclasses
 from functools import partial
 
 import airbench
+import config
+import data
 import jax
 import jax.numpy as jnp
 import model
 import numpy as np
 import optax
 import pytest
+import recipes
 import steps
 
 RANDOM = np.random.default_rng(0)
@@ -81,6 +85,19 @@ def test_images_move_as_far_as_asked_and_lose_a_square(augment):
         first, count = span.argmax(1), span.sum(1)
         assert set(count) == {2, 3, 4} and (np.diff(span.astype(int), prepend=0) == 1).sum() == 500
         assert len(set(first)) > 25 and ((count == 4) | (first == 0) | (first + count == 32)).all()
+
+
+@pytest.mark.parametrize(("network_name", "augment"), [("airbench", airbench.augment), ("resnet", model.augment)])
+def test_a_recipe_augments_as_its_options_say(network_name, augment):
+    pixels = RANDOM.integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+    dataset = data.Dataset("random", pixels, np.zeros(8, np.int32), pixels, np.zeros(8, np.int32))
+    settings = config.Config(**config.defaults(network_name, "paper"))
+    image, key = jnp.asarray(pixels[0], jnp.float32), jax.random.key(1)
+    assert jnp.array_equal(recipes.make(settings, dataset, 10).augment(key, image, 1), augment(key, image, 1))
+    given = recipes.make(dataclasses.replace(settings, moves=1, cutout=5), dataset, 10).augment(key, image, 1)
+    assert jnp.array_equal(given, augment(key, image, 1, moves=1, cutout=5))
+    for less in ({"moves": 1}, {"cutout": 5}):
+        assert not jnp.array_equal(given, augment(key, image, 1, **less))
 
 
 def test_steps_of_the_optimizer(network):

@@ -3,13 +3,13 @@
 from functools import partial
 
 import airbench
-import airbench_peer
 import compiling
 import config
 import data
 import flax_norm
 import jax
 import jax.numpy as jnp
+import jax_airbench
 import numpy as np
 import pytest
 import steps
@@ -51,7 +51,7 @@ def assert_same(carry, training, tolerance):
 
 def test_steps_and_evaluation():
     """The fifth of six steps is one to the average, and the sixth, the last, another."""
-    ours = airbench_peer.JaxTraining("jbn", DATA, SETTINGS)
+    ours = jax_airbench.Training(DATA, SETTINGS)
     theirs = torch_airbench.Training(DATA, SETTINGS)
     ours.start(0)
     theirs.start(0)
